@@ -1,0 +1,97 @@
+"""The kernel: blocks of weights to the Gram statistics that everything else is computed from.
+
+Knows arrays only: no files, formats, names of architectures or similarities.
+
+Axes: T tensors, N models, R the models whose rows are new, B elements of a block.
+With base weights b, models theta_i and deltas delta_i = theta_i - b (paper eq. 3), each
+statistic is a sum over the elements of one tensor, kept in float64. Sums add up: over tensors,
+layers or any subset they are exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GramStats:
+    """Sufficient statistics of N models and their base, per tensor.
+
+    Attributes:
+        models: the models' names, the axis N.
+        tensors: the tensors' names, the axis T.
+        count_T: number of elements.
+        base_T: sum of b * b.
+        base_sum_T: sum of b.
+        sum_TN: sum of delta_i.
+        cross_TN: sum of b * delta_i.
+        gram_TNN: sum of delta_i * delta_j.
+        distance_TNN: sum of (delta_i - delta_j) ** 2. Kept beside the Gram matrix, which gives
+            it too, because taking it from the sums loses the digits of near-identical models.
+    """
+
+    models: tuple[str, ...]
+    tensors: tuple[str, ...]
+    count_T: NDArray[np.int64]
+    base_T: Float64Array
+    base_sum_T: Float64Array
+    sum_TN: Float64Array
+    cross_TN: Float64Array
+    gram_TNN: Float64Array
+    distance_TNN: Float64Array
+
+    def select(self, models: Sequence[str]) -> "GramStats":
+        """The statistics of some of the models, in the order asked for."""
+        index_N = [self.models.index(model) for model in models]
+        pairs = np.ix_(range(len(self.tensors)), index_N, index_N)
+        return GramStats(
+            models=tuple(models),
+            tensors=self.tensors,
+            count_T=self.count_T,
+            base_T=self.base_T,
+            base_sum_T=self.base_sum_T,
+            sum_TN=self.sum_TN[:, index_N],
+            cross_TN=self.cross_TN[:, index_N],
+            gram_TNN=self.gram_TNN[pairs],
+            distance_TNN=self.distance_TNN[pairs],
+        )
+
+
+class TensorSums:
+    """Sums over one tensor, fed block by block.
+
+    Only the pairs that contain a new model are computed: the last `new` of `models` rows.
+    """
+
+    def __init__(self, models: int, new: int) -> None:
+        self.count = 0
+        self.base = 0.0
+        self.base_sum = 0.0
+        self.first_new = models - new
+        self.sum_N = np.zeros(models)
+        self.cross_N = np.zeros(models)
+        self.gram_RN = np.zeros((new, models))
+        self.distance_RN = np.zeros((new, models))
+
+    def add(self, base_B: Float64Array, delta_NB: Float64Array) -> None:
+        """Add one block: the base's weights and every model's delta, in float64."""
+        self.count += base_B.size
+        self.base += float(base_B @ base_B)
+        self.base_sum += float(base_B.sum())
+        self.sum_N += delta_NB.sum(axis=1)
+        # One dot product a pair, and not one matrix product: equal rows then give equal bits, so
+        # that identical models are at a distance of exactly zero.
+        self.cross_N += [delta_B @ base_B for delta_B in delta_NB]
+        norm_N = np.array([delta_B @ delta_B for delta_B in delta_NB])
+        block_RN = np.array(
+            [[new_B @ delta_B for delta_B in delta_NB] for new_B in delta_NB[self.first_new :]]
+        )
+        self.gram_RN += block_RN
+        # Taken within the block, where the norms are small, the difference keeps its digits.
+        self.distance_RN += np.maximum(
+            norm_N[self.first_new :, None] + norm_N[None, :] - 2 * block_RN, 0.0
+        )
