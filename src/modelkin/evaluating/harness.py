@@ -1,0 +1,325 @@
+"""Scores from lm-evaluation-harness: any of its tasks, and local task YAML.
+
+The harness's own response cache is keyed by prompt and not by model; it is never used here.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from modelkin.errors import ConfigError, EvaluationError, MissingExtraError
+from modelkin.records import Evaluation, Score, Scorecard, Subject, content_id
+
+# The seed with which the harness draws few-shot examples by default.
+FEWSHOT_SEED = 1234
+
+
+class TaskSettings(BaseModel):
+    """One task with settings of its own.
+
+    Attributes:
+        task: the name of a task or group.
+        metric: which of its metrics is the score, as `acc_norm` or, where the task has several
+            answer filters, `exact_match,strict-match`; default: the first one it reports.
+        num_fewshot: number of examples in the prompt; default: the task's own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    metric: str | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+
+
+class HarnessSettings(BaseModel):
+    """What lm-evaluation-harness is asked.
+
+    Attributes:
+        tasks: names of tasks or groups, or `TaskSettings`.
+        include_path: folder of task YAML files of one's own; a relative path to local data in
+            them is taken from the YAML file's folder.
+        num_fewshot: for tasks that have none of their own and do not forbid it.
+        limit: number of items a task, from the first; default: all.
+        batch_size: number of prompts at once, or `auto`.
+        device: such as `cpu` or `cuda:0`; `auto` takes a GPU where there is one.
+        dtype: of the weights in memory; `auto` is the checkpoint's own.
+        cache: folder for evaluations, shared between runs; default: in the run folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    evaluator: Literal["lm-eval"] = "lm-eval"
+    tasks: Annotated[list[str | TaskSettings], Field(min_length=1)]
+    include_path: Path | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    cache: Path | None = None
+
+    def each_task(self) -> list[TaskSettings]:
+        """The tasks, all in the long form."""
+        return [TaskSettings(task=t) if isinstance(t, str) else t for t in self.tasks]
+
+
+class Harness:
+    """Evaluates with lm-evaluation-harness, as a library."""
+
+    def __init__(
+        self,
+        settings: HarnessSettings,
+        *,
+        folder: Path,
+        trust_remote_code: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Check the settings; the tasks' data are loaded with the first model.
+
+        Args:
+            settings: what to ask.
+            folder: from which relative paths are taken.
+            trust_remote_code: whether models may bring code that is run.
+            on_progress: called with the number of prompts answered and their total.
+        """
+        try:
+            from importlib.metadata import version
+
+            harness_version = version("lm_eval")
+        except ImportError as error:
+            raise MissingExtraError("lm-eval", "evolve") from error
+        self._on_progress = on_progress
+        self._settings = settings
+        self._trust_remote_code = trust_remote_code
+        self._include = folder / settings.include_path if settings.include_path else None
+        if self._include and not self._include.is_dir():
+            raise ConfigError(f"evaluation.include_path: no such folder: {self._include}")
+        names = [task.task for task in settings.each_task()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"evaluation.tasks: {name!r} is named twice")
+        self._loaded: Mapping[str, Any] | None = None
+        # Where and in what batches it runs is not part of what is asked.
+        asked = settings.model_dump(mode="json", exclude={"batch_size", "device", "cache"})
+        asked["include_path"] = _digest_folder(self._include) if self._include else None
+        self._protocol = content_id({**asked, "lm_eval": harness_version})
+
+    @property
+    def protocol(self) -> str:
+        """Fingerprint of the settings, the harness's version and all files of `include_path`."""
+        return self._protocol
+
+    def evaluate(self, subject: Subject) -> Evaluation:
+        """Load the model and score it on every task."""
+        from lm_eval.evaluator import evaluate
+
+        if self._loaded is None:
+            self._loaded = self._load_tasks()
+        try:
+            model = self._load_model(subject.folder)
+            with self._progress():
+                results = evaluate(
+                    lm=model,
+                    task_dict=dict(self._loaded),
+                    limit=self._settings.limit,
+                    bootstrap_iters=0,
+                    log_samples=True,
+                )
+        except Exception as error:
+            # Whatever a model does to the libraries below is that model's failure.
+            raise EvaluationError(
+                f"lm-eval: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+        scores: dict[str, Score] = {}
+        samples: dict[str, dict[str, float]] = {}
+        for task in self._settings.each_task():
+            scores[task.task], samples[task.task] = _read(task, results)
+        return Evaluation(Scorecard(scores, self._protocol), samples)
+
+    def _load_model(self, folder: str) -> Any:
+        import torch
+        from lm_eval.models.huggingface import HFLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # one for each file would break up ours
+        device = self._settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return HFLM(
+            pretrained=folder,
+            dtype=self._settings.dtype,
+            device=device,
+            batch_size=self._settings.batch_size,
+            trust_remote_code=self._trust_remote_code,
+        )
+
+    def _load_tasks(self) -> Mapping[str, Any]:
+        """The harness's own task objects, with their data. Slow, so done once.
+
+        Raises:
+            ConfigError: a task is unknown or its data cannot be loaded.
+        """
+        from lm_eval.tasks import TaskManager
+
+        names = [task.task for task in self._settings.each_task()]
+        include = str(self._include) if self._include else None
+        manager = TaskManager(include_path=include, include_defaults=False) if include else None
+        if manager is None or any(name not in manager.task_index for name in names):
+            # Scanning all tasks that come with the harness takes many seconds.
+            manager = TaskManager(include_path=include)
+        for name in names:
+            if name not in manager.task_index:
+                raise ConfigError(
+                    f"evaluation.tasks: {name!r} is no task of lm-eval"
+                    + (f" nor of {self._include}" if self._include else "")
+                )
+        try:
+            loaded: Mapping[str, Any] = manager.load(
+                [_with_absolute_data(manager.task_index[name]) for name in names]
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"evaluation.tasks: lm-eval cannot load them: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        own = {task.task: task.num_fewshot for task in self._settings.each_task()}
+        for name, task in loaded["tasks"].items():
+            default = task.get_config("num_fewshot")
+            # As in the harness: a task that says 0 is not to be given examples, unless the run
+            # file says so of this very task.
+            fewshot = own.get(name)
+            if fewshot is None:
+                fewshot = default if default == 0 else self._settings.num_fewshot or default or 0
+            task.set_config(key="num_fewshot", value=fewshot)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        return loaded
+
+    @contextmanager
+    def _progress(self) -> Iterator[None]:
+        """Send the harness's own progress to `on_progress` instead of to the terminal."""
+        import lm_eval.api.model
+        import lm_eval.api.task
+        import lm_eval.models.huggingface
+
+        report = self._on_progress
+
+        class Bar:
+            """Stands in for tqdm, of which the harness uses these methods."""
+
+            def __init__(self, iterable: Any = (), total: int | None = None, **_: Any) -> None:
+                self._iterable, self._total, self._done = iterable, total, 0
+
+            def __iter__(self) -> Iterator[Any]:
+                return iter(self._iterable)
+
+            def update(self, count: int = 1) -> None:
+                self._done += count
+                if report and self._total:
+                    report(self._done, self._total)
+
+            def close(self) -> None:
+                pass
+
+        modules = (lm_eval.models.huggingface, lm_eval.api.task, lm_eval.api.model)
+        before = [module.tqdm for module in modules]
+        for module in modules:
+            module.tqdm = Bar
+        try:
+            yield
+        finally:
+            for module, tqdm in zip(modules, before, strict=True):
+                module.tqdm = tqdm
+
+
+def _with_absolute_data(entry: Any) -> Any:
+    """What to ask the task manager for: the task with its local data files as absolute paths.
+
+    The harness takes them from the working directory, which would make a task folder depend on
+    where the command was started.
+    """
+    config = entry.cfg or {}
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if files is None or entry.yaml_path is None:
+        return entry.name
+    kwargs = {
+        **config["dataset_kwargs"],
+        "data_files": _absolute(files, Path(entry.yaml_path).parent),
+    }
+    # A group of one is how the manager takes a known task with changed settings.
+    return {
+        "group": f"{entry.name} with local data",
+        "task": [{"task": entry.name, "dataset_kwargs": kwargs}],
+    }
+
+
+def _absolute(files: Any, folder: Path) -> Any:
+    if isinstance(files, Mapping):
+        return {split: _absolute(value, folder) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_absolute(value, folder) for value in files]
+    return str(files) if "://" in str(files) else str((folder / files).resolve())
+
+
+def _read(task: TaskSettings, results: Mapping[str, Any]) -> tuple[Score, dict[str, float]]:
+    """One task's or group's score and per-sample outcomes out of the harness's results."""
+    leaves = _leaves(task.task, results.get("group_subtasks", {}))
+    metrics = [
+        key
+        for key, value in results["results"].get(leaves[0], {}).items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    ]
+    chosen = [key for key in metrics if task.metric in (None, key, key.partition(",")[0])]
+    if not chosen:
+        raise EvaluationError(
+            f"lm-eval: task {task.task}: expected the metric {task.metric}, "
+            f"found {', '.join(metrics) or 'none'}"
+        )
+    metric, _, answer_filter = chosen[0].partition(",")
+    outcomes = {
+        (str(sample["doc_id"]) if len(leaves) == 1 else f"{leaf}/{sample['doc_id']}"): sample
+        for leaf in leaves
+        for sample in results["samples"][leaf]
+        if sample["filter"] == answer_filter
+    }
+    group = results.get("groups", {}).get(task.task, {})
+    value = float(group.get(chosen[0], results["results"][leaves[0]][chosen[0]]))
+    if not math.isfinite(value):
+        raise EvaluationError(f"lm-eval: task {task.task}: {chosen[0]} is {value}")
+    if all(isinstance(sample.get(metric), int | float) for sample in outcomes.values()):
+        samples = {item: float(sample[metric]) for item, sample in outcomes.items()}
+    else:
+        samples = {}  # perplexities and the like are not means over items
+    n = len(outcomes)
+    variance = _variance(list(samples.values()))
+    stderr = math.sqrt(variance / n) if variance is not None else None
+    return Score(value, stderr, n), samples
+
+
+def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    if not subtasks.get(name):
+        return [name]
+    return [leaf for child in subtasks[name] for leaf in _leaves(child, subtasks)]
+
+
+def _variance(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def _digest_folder(folder: Path) -> dict[str, str]:
+    """Content hashes of all files that tasks in the folder can name."""
+    digests: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            with path.open("rb") as stream:
+                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                    stream, "sha256"
+                ).hexdigest()
+    return digests
