@@ -23,7 +23,7 @@ from modelkin.config import load_config, load_yaml
 from modelkin.errors import ConfigError, ModelkinError
 from modelkin.measuring import kinship as measure_kinship
 from modelkin.records import METRICS
-from modelkin.report import lead_sentence, terminal_table
+from modelkin.report import failure_lines, lead_sentence, terminal_table
 from modelkin.run import Plan, Run, default_folder, plan, read_run
 from modelkin.run import evaluate as evaluate_model
 from modelkin.run import evolve as evolve_models
@@ -224,6 +224,8 @@ def _print_plan(found: Plan, folder: Path) -> None:
 
 def _print_run(run: Run) -> None:
     console.print(terminal_table(run.state, run.samples, width=console.width))
+    for line in failure_lines(run.state):
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"Stopped: {run.state.stopped}." if run.state.stopped else "Not finished: run it again.",
         highlight=False,

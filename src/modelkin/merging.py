@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from modelkin.checkpoint import open_checkpoint, whole_folder
 from modelkin.errors import ConfigError, DiskFullError, MergeError, MissingExtraError, is_disk_full
+from modelkin.progress import OnProgress, tqdm_reports_to
 
 _PARENTS: Mapping[str, Any] = {
     "base_model": "{parent_1}",
@@ -142,8 +143,12 @@ class Mergekit:
         options: Mapping[str, bool | int | str] | None = None,
         *,
         trust_remote_code: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> None:
-        """`options` are mergekit's own; raises ConfigError where it has no such option."""
+        """`options` are mergekit's own; raises ConfigError where it has no such option.
+
+        `on_progress` is called with the number of tensor operations done and their total.
+        """
         try:
             from mergekit.options import MergeOptions
         except ImportError as error:
@@ -151,6 +156,7 @@ class Mergekit:
         for key in options or {}:
             if key not in MergeOptions.model_fields:
                 raise ConfigError(f"merge.options.{key}: mergekit has no such option")
+        self._on_progress = on_progress
         self._options = {
             "quiet": True,
             "trust_remote_code": trust_remote_code,
@@ -159,6 +165,7 @@ class Mergekit:
 
     def merge(self, config: Mapping[str, Any], out: Path, *, seed: int = 0) -> None:
         """See `Merger.merge`."""
+        import mergekit.graph
         from mergekit.config import MergeConfiguration
         from mergekit.merge import run_merge
         from mergekit.options import MergeOptions
@@ -175,11 +182,9 @@ class Mergekit:
             donor = Path(str(parsed.base_model.model.path) if parsed.base_model else referenced[0])
             # Without a tokenizer mergekit would look for one on the Hub.
             tokenizer = not donor.is_dir() or any(donor.glob("tokenizer*"))
-            run_merge(
-                parsed,
-                str(folder),
-                MergeOptions(copy_tokenizer=tokenizer, random_seed=seed, **self._options),
-            )
+            options = MergeOptions(copy_tokenizer=tokenizer, random_seed=seed, **self._options)
+            with tqdm_reports_to(self._on_progress, mergekit.graph):
+                run_merge(parsed, str(folder), options)
 
         write_child(run, config, out, seed=seed)
 

@@ -33,7 +33,7 @@ class Row:
     gain: float | None
     interval: Difference | None
     kinship: float | None
-    failure: str | None
+    failed: bool
 
 
 def scale(state: RunState) -> float:
@@ -80,9 +80,7 @@ def rows(state: RunState, samples_of: SamplesOf) -> list[Row]:
                 gain=scaled(gain),
                 interval=difference(samples, member, parents, factor) if gain is not None else None,
                 kinship=state.similarity(parents[0].id, parents[1].id, metric) if parents else None,
-                failure=f"{member.failure.stage}: {member.failure.message}"
-                if member.failure
-                else None,
+                failed=member.failure is not None,
             )
         )
     return table
@@ -116,8 +114,9 @@ def terminal_table(
     ranked = state.ranked()
     best = ranked[0].name if ranked else None
     for row in rows(state, samples_of):
-        if row.failure:
-            table.add_row(row.name, " × ".join(row.parents), f"failed: {row.failure}", style="red")
+        if row.failed:
+            blank = [""] * len(shown)
+            table.add_row(row.name, " × ".join(row.parents), *blank, "failed", style="red")
             continue
         table.add_row(
             row.name,
@@ -139,6 +138,15 @@ def gain_text(row: Row) -> str:
     if row.interval is None:
         return f"{row.gain:+.2f}"
     return f"{row.gain:+.2f} ± {(row.interval.high - row.interval.low) / 2:.2f}"
+
+
+def failure_lines(state: RunState) -> list[str]:
+    """What failed, where and why, a line each."""
+    return [
+        f"{member.name} failed to {member.failure.stage}: {member.failure.message}"
+        for member in state.members.values()
+        if member.failure
+    ]
 
 
 def _number(value: float | None) -> str:
@@ -266,12 +274,12 @@ def _page(state: RunState, samples_of: SamplesOf) -> str:
     body = []
     for row in rows(state, samples_of):
         cells = [row.name, " × ".join(row.parents)]
-        if row.failure:
-            cells += [f"failed: {row.failure}"] + [""] * (len(heads) - 3)
+        if row.failed:
+            cells += [""] * len(row.tasks) + ["failed", "", "", str(row.generation)]
         else:
             cells += [_number(value) for value in (*row.tasks, row.average)]
             cells += [gain_text(row), _number(row.kinship), str(row.generation)]
-        kind = "failed" if row.failure else "best" if row.name == best else ""
+        kind = "failed" if row.failed else "best" if row.name == best else ""
         body.append(
             f'<tr class="{kind}">' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
         )
@@ -295,6 +303,7 @@ on items that were not used here before you believe them.</p>
 bootstrap over the evaluation items. Kinship is that of the parents.</p>
 <div class="wide"><table><thead><tr>{"".join(f"<th>{escape(h)}</th>" for h in heads)}</tr></thead>
 <tbody>{"".join(body)}</tbody></table></div>
+{"".join(f"<p>{escape(line)}</p>" for line in failure_lines(state))}
 <h2>Made with</h2>
 <p>{escape(", ".join(f"{name} {found}" for name, found in environment.items()))}</p>
 </body></html>

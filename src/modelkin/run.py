@@ -8,15 +8,14 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from modelkin.analyse import Samples
 from modelkin.checkpoint import Checkpoint, fingerprint, open_checkpoint
@@ -29,6 +28,7 @@ from modelkin.gram import GramStats
 from modelkin.ledger import Ledger, open_ledger, read_events
 from modelkin.measuring import compare, measure
 from modelkin.merging import Mergekit, Merger, fill
+from modelkin.progress import Bars
 from modelkin.records import (
     ID_LENGTH,
     Evaluation,
@@ -170,20 +170,20 @@ def evaluate(
         EvaluationError: it gave no scores.
     """
     checkpoint = open_checkpoint(model)
-    evaluator = _evaluator(config, cache, _Bars(progress))
+    evaluator = _evaluator(config, cache, Bars(progress))
     return evaluator.evaluate(
         Subject(checkpoint.name, checkpoint.name, str(checkpoint.folder), fingerprint(checkpoint))
     )
 
 
 def _evaluator(
-    config: RunConfig, cache: Path, bars: "_Bars", given: Evaluator | None = None
+    config: RunConfig, cache: Path, bars: Bars, given: Evaluator | None = None
 ) -> Cached:
     evaluator = given or make_evaluator(
         config.evaluation,
         folder=config.folder,
         trust_remote_code=config.trust_remote_code,
-        on_progress=bars.prompts,
+        on_progress=bars.inner("prompts"),
     )
     return Cached(evaluator, cache_folder(config, cache))
 
@@ -229,7 +229,7 @@ def evolve(
     if out is None:
         raise ConfigError("evolve: expected 'out', the run folder, as no run file was given")
     folder = Path(out).resolve()
-    bars = _Bars(progress)
+    bars = Bars(progress)
     cached = _evaluator(config, folder / "evaluations", bars, evaluator)
     merger = merger or Mergekit(config.merge.options, trust_remote_code=config.trust_remote_code)
     base, foundations = _open_models(config)
@@ -273,38 +273,6 @@ def _environment() -> dict[str, str]:
     return found
 
 
-class _Bars:
-    """The progress bars of a run; all methods do nothing where nobody looks."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
-        self._prompts: TaskID | None = None
-
-    @contextmanager
-    def steps(self, label: str, total: int) -> Iterator[Callable[[], None]]:
-        """A bar of `total` steps; call what it yields after each."""
-        if self.progress is None or total == 0:
-            yield lambda: None
-            return
-        progress = self.progress
-        task = progress.add_task(label, total=total)
-        try:
-            yield lambda: progress.advance(task)
-        finally:
-            progress.remove_task(task)
-
-    def prompts(self, done: int, total: int) -> None:
-        """The inner bar of an evaluation."""
-        if self.progress is None:
-            return
-        if self._prompts is None:
-            self._prompts = self.progress.add_task("  prompts", total=total)
-        self.progress.update(self._prompts, completed=done, total=total)
-        if done >= total:
-            self.progress.remove_task(self._prompts)
-            self._prompts = None
-
-
 class _Breeding:
     """One call of `evolve`: holds the open ledger and does what the state says is next."""
 
@@ -317,7 +285,7 @@ class _Breeding:
         merger: Merger,
         evaluator: Evaluator,
         workers: Workers,
-        bars: _Bars,
+        bars: Bars,
     ) -> None:
         self._config, self._folder, self._ledger = config, folder, ledger
         self._base, self._merger, self._evaluator = base, merger, evaluator

@@ -4,7 +4,6 @@ Knows nothing of families or merging. Each evaluator has a module of its own: `h
 (lm-evaluation-harness), `command` (any program), `table` (recorded scores).
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -14,6 +13,7 @@ from modelkin.evaluating.cache import Cached
 from modelkin.evaluating.command import Command, CommandSettings
 from modelkin.evaluating.harness import Harness, HarnessSettings
 from modelkin.evaluating.table import Table, TableSettings
+from modelkin.progress import OnProgress
 from modelkin.records import Evaluation, Subject
 
 __all__ = [
@@ -62,7 +62,7 @@ def make_evaluator(
     *,
     folder: Path,
     trust_remote_code: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Evaluator:
     """The evaluator that `settings` describe; relative paths are taken from `folder`.
 

@@ -5,14 +5,14 @@ The harness's own response cache is keyed by prompt and not by model; it is neve
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from modelkin.errors import ConfigError, EvaluationError, MissingExtraError
+from modelkin.progress import OnProgress, tqdm_reports_to
 from modelkin.records import Evaluation, Score, Scorecard, Subject, content_id
 
 # The seed with which the harness draws few-shot examples by default.
@@ -77,7 +77,7 @@ class Harness:
         *,
         folder: Path,
         trust_remote_code: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """Check the settings; the tasks' data are loaded with the first model.
 
@@ -116,13 +116,18 @@ class Harness:
 
     def evaluate(self, subject: Subject) -> Evaluation:
         """Load the model and score it on every task."""
+        import lm_eval.api.model
+        import lm_eval.api.task
+        import lm_eval.models.huggingface
         from lm_eval.evaluator import evaluate
 
         if self._loaded is None:
             self._loaded = self._load_tasks()
         try:
             model = self._load_model(subject.folder)
-            with self._progress():
+            # Prompts are answered in one of these modules and prepared in the others.
+            quiet = tqdm_reports_to(None, lm_eval.api.model, lm_eval.api.task)
+            with quiet, tqdm_reports_to(self._on_progress, lm_eval.models.huggingface):
                 results = evaluate(
                     lm=model,
                     task_dict=dict(self._loaded),
@@ -198,42 +203,6 @@ class Harness:
             task.set_config(key="num_fewshot", value=fewshot)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return loaded
-
-    @contextmanager
-    def _progress(self) -> Iterator[None]:
-        """Send the harness's own progress to `on_progress` instead of to the terminal."""
-        import lm_eval.api.model
-        import lm_eval.api.task
-        import lm_eval.models.huggingface
-
-        report = self._on_progress
-
-        class Bar:
-            """Stands in for tqdm, of which the harness uses these methods."""
-
-            def __init__(self, iterable: Any = (), total: int | None = None, **_: Any) -> None:
-                self._iterable, self._total, self._done = iterable, total, 0
-
-            def __iter__(self) -> Iterator[Any]:
-                return iter(self._iterable)
-
-            def update(self, count: int = 1) -> None:
-                self._done += count
-                if report and self._total:
-                    report(self._done, self._total)
-
-            def close(self) -> None:
-                pass
-
-        modules = (lm_eval.models.huggingface, lm_eval.api.task, lm_eval.api.model)
-        before = [module.tqdm for module in modules]
-        for module in modules:
-            module.tqdm = Bar
-        try:
-            yield
-        finally:
-            for module, tqdm in zip(modules, before, strict=True):
-                module.tqdm = tqdm
 
 
 def _with_absolute_data(entry: Any) -> Any:
