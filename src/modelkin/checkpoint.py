@@ -101,8 +101,9 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The architecture's name in `config.json`, `unknown` where it names none."""
-        names = self.config.get("architectures") or [self.config.get("model_type", "unknown")]
-        return str(names[0])
+        names = self.config.get("architectures")
+        first = names[0] if isinstance(names, list) and names else self.config.get("model_type")
+        return str(first or "unknown")
 
 
 def open_checkpoint(
@@ -204,7 +205,7 @@ def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
                 f"found {shard!r}"
             )
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{index}: names the shard {shard}, which is missing")
+            raise CheckpointError(f"{index}: names the shard {shard!r}, which is missing")
         names = files.setdefault(folder / shard, [])
         assert names is not None
         names.append(tensor)
@@ -254,7 +255,8 @@ def _read_header(file: Path) -> dict[str, TensorRef]:
 def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> TensorRef:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        whole = isinstance(dtype, str) and isinstance(entry["shape"], list)
+        whole &= all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -264,7 +266,7 @@ def _tensor(file: Path, name: str, entry: Any, data: int, size: int) -> TensorRe
     if dtype not in DTYPES:
         raise CheckpointError(
             f"{file}: tensor {name!r}: expected one of the dtypes {', '.join(DTYPES)}, "
-            f"found {dtype}"
+            f"found {dtype!r:.100}"
         )
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
@@ -323,31 +325,32 @@ def whole_folder(folder: Path, *, record: Mapping[str, Any]) -> Iterator[Path]:
     """
     if folder.exists():
         raise ConfigError(f"{folder}: expected a folder that does not exist yet")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Left by a process that was killed; no two processes work on the same folder.
-    for remains in folder.parent.glob(f".{folder.name}.*.partial"):
-        shutil.rmtree(remains)
-    scratch = Path(
-        tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent)
-    )
-    # The name is the final one because model cards quote it.
-    partial = scratch / folder.name
     try:
-        partial.mkdir()
-        yield partial
-        (partial / RECIPE_FILE).write_text(
-            json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        partial.rename(folder)
-        _flush(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Left by a process that was killed; no two processes work on the same folder.
+        for remains in folder.parent.glob(f".{folder.name}.*.partial"):
+            shutil.rmtree(remains)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}.",
+            suffix=".partial",
+            dir=folder.parent,
+            ignore_cleanup_errors=True,
+        ) as scratch:
+            # The name is the final one because model cards quote it.
+            partial = Path(scratch) / folder.name
+            partial.mkdir()
+            yield partial
+            (partial / RECIPE_FILE).write_text(
+                json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            for path in [*partial.rglob("*"), partial]:
+                _flush(path)
+            partial.rename(folder)
+            _flush(folder.parent)
     except BaseException as error:
         if is_disk_full(error):
             raise DiskFullError(f"{folder}: the disk filled up while writing it") from error
         raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -50,7 +50,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Breed better language models out of existing ones, guided by their kinship.",
 )
-console = Console()
+# What is printed holds names and paths, in which brackets and colons are just that.
+console = Console(markup=False, emoji=False)
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file.")]
 Json = Annotated[
@@ -61,14 +62,17 @@ Json = Annotated[
 
 def _progress() -> Progress:
     # To stderr, so that what a command prints can be piped.
+    stderr = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=stderr,
         transient=True,
+        # Elsewhere than on a terminal it would leave an empty line.
+        disable=not stderr.is_terminal,
     )
 
 
@@ -232,3 +236,7 @@ def _print_run(run: Run) -> None:
     )
     console.print(lead_sentence(run.state, run.samples), highlight=False, soft_wrap=True)
     console.print(f"Report: {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 
 Float64Array = NDArray[np.float64]
 
+# Below this share of their squares the squared distance of two deltas is summed over its elements:
+# as a difference of sums it would be rounding error.
+NEAR = 1e-4
+
 
 @dataclass(frozen=True)
 class GramStats:
@@ -84,14 +88,16 @@ class TensorSums:
         self.base_sum += float(base_B.sum())
         self.sum_N += delta_NB.sum(axis=1)
         # One dot product a pair, and not one matrix product: equal rows then give equal bits, so
-        # that identical models are at a distance of exactly zero.
+        # that identical models have a kinship of exactly one.
         self.cross_N += [delta_B @ base_B for delta_B in delta_NB]
         norm_N = np.array([delta_B @ delta_B for delta_B in delta_NB])
         block_RN = np.array(
             [[new_B @ delta_B for delta_B in delta_NB] for new_B in delta_NB[self.first_new :]]
         )
         self.gram_RN += block_RN
-        # Taken within the block, where the norms are small, the difference keeps its digits.
-        self.distance_RN += np.maximum(
-            norm_N[self.first_new :, None] + norm_N[None, :] - 2 * block_RN, 0.0
-        )
+        norms_RN = norm_N[self.first_new :, None] + norm_N[None, :]
+        distance_RN = norms_RN - 2 * block_RN
+        for row, other in np.argwhere(distance_RN < NEAR * norms_RN):
+            difference_B = delta_NB[self.first_new + row] - delta_NB[other]
+            distance_RN[row, other] = difference_B @ difference_B
+        self.distance_RN += distance_RN

@@ -131,10 +131,14 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(path)
         found = connection.execute("PRAGMA user_version").fetchone()[0]
+        owner = connection.execute("PRAGMA application_id").fetchone()[0]
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     except sqlite3.Error as error:
         raise LedgerError(f"{path}: is no ledger: {error}") from error
     # A process killed while it made the file leaves one without tables: as good as none.
+    if tables and owner != APPLICATION_ID:
+        connection.close()
+        raise LedgerError(f"{path}: expected a ledger, found a database of something else")
     if tables and found != FORMAT:
         connection.close()
         raise LedgerError(f"{path}: expected a ledger of format {FORMAT}, found {found}")

@@ -47,6 +47,8 @@ class MergeSettings(BaseModel):
         preset: a named template: `slerp` (t = 0.5) or `paper` (t by layer and module).
         template: a mergekit configuration of one's own, with `{parent_1}`, `{parent_2}` and
             `{base}` where the models go.
+        tokenizer_source: mergekit's key of that name (`union` or `base`), for models whose
+            vocabularies differ.
         options: mergekit's own options, such as `cuda` or `allow_crimes`.
     """
 
@@ -54,6 +56,7 @@ class MergeSettings(BaseModel):
 
     preset: Literal["slerp", "paper"] | None = None
     template: dict[str, Any] | None = None
+    tokenizer_source: str | None = None
     options: dict[str, bool | int | str] = {}
 
     @model_validator(mode="after")
@@ -77,7 +80,10 @@ class MergeSettings(BaseModel):
 
     def config(self) -> dict[str, Any]:
         """The mergekit configuration with its placeholders."""
-        return copy.deepcopy(self.template or dict(PRESETS[self.preset or "slerp"]))
+        config = copy.deepcopy(self.template or dict(PRESETS[self.preset or "slerp"]))
+        if self.tokenizer_source:
+            config["tokenizer_source"] = self.tokenizer_source
+        return config
 
 
 def fill(config: Any, models: Mapping[str, str]) -> Any:

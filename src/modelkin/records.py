@@ -228,8 +228,13 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="k
 
 
 def event_to_json(event: Event) -> str:
-    """`event` as canonical JSON."""
-    return canonical_json(_EVENT.dump_python(event, mode="json"))
+    """`event` as JSON. Not canonical: the order of tasks is part of a scorecard."""
+    return json.dumps(
+        _EVENT.dump_python(event, mode="json"),
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
+    )
 
 
 def event_from_json(text: str) -> Event:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,7 @@ from modelkin.evaluating import Cached, Evaluator, make_evaluator
 from modelkin.evaluating.cache import read_evaluation
 from modelkin.evolution import Stop, most_children, propose
 from modelkin.gram import GramStats
-from modelkin.ledger import Ledger, open_ledger, read_events
+from modelkin.ledger import LEDGER_FILE, Ledger, open_ledger, read_events
 from modelkin.measuring import compare, measure
 from modelkin.merging import Mergekit, Merger, fill
 from modelkin.progress import Bars
@@ -125,7 +125,7 @@ def plan(config: RunConfig, folder: Path) -> Plan:
         CheckpointError: a model is not readable, or not comparable with the base.
         ConfigError: a setting is wrong.
     """
-    base, foundations = _open_models(config)
+    base, foundations = _open_models(config, {})
     merges = most_children(config.rules, len(foundations))
     template = config.merge.config()
     dtype = template.get("out_dtype") or template.get("dtype")
@@ -232,7 +232,9 @@ def evolve(
     bars = Bars(progress)
     cached = _evaluator(config, folder / "evaluations", bars, evaluator)
     merger = merger or Mergekit(config.merge.options, trust_remote_code=config.trust_remote_code)
-    base, foundations = _open_models(config)
+    # A model on the Hub may have moved on since the run began; the run has not.
+    pinned = {e.name: e.revision for e in _founded(folder)}
+    base, foundations = _open_models(config, pinned)
     with open_ledger(folder) as ledger:
         breeding = _Breeding(
             config, folder, ledger, base, merger, cached, workers or InProcess(), bars
@@ -242,12 +244,21 @@ def evolve(
         return Run(folder, breeding.state)
 
 
-def _open_models(config: RunConfig) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+def _founded(folder: Path) -> list[Founded]:
+    """What a run began from, if it did."""
+    if not (folder / LEDGER_FILE).exists():
+        return []
+    return [event for event in read_events(folder) if isinstance(event, Founded)]
+
+
+def _open_models(
+    config: RunConfig, pinned: Mapping[str, str | None]
+) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """The base and the foundations; all of them are looked at before any work starts."""
 
     def opened(key: str, name: str, given: str) -> Checkpoint:
         try:
-            return open_checkpoint(config.source(given), name=name)
+            return open_checkpoint(config.source(given), name=name, revision=pinned.get(name))
         except CheckpointError as error:
             raise type(error)(f"{key}: {error}") from error
 

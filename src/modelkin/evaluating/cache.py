@@ -7,7 +7,8 @@ a model's name or path, so runs and strategies can share a folder.
 import gzip
 import json
 import os
-import tempfile
+import uuid
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,10 @@ from modelkin.records import Evaluation, Score, Scorecard, Subject, content_id
 
 if TYPE_CHECKING:
     from modelkin.evaluating import Evaluator
+
+
+# What gzip, JSON and the records raise on files that are damaged or of something else.
+_UNREADABLE = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError)
 
 
 def evaluation_id(fingerprint: str, protocol: str) -> str:
@@ -64,18 +69,19 @@ def write_evaluation(path: Path, subject: Subject, evaluation: Evaluation) -> No
         for item, value in items.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # Not by tempfile, whose files nobody else may read: a team can share the folder.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with partial.open("xb") as stream:
             # No time stamp, so that equal evaluations are equal files.
             with gzip.GzipFile(fileobj=stream, mode="wb", mtime=0, filename="") as packed:
                 for row in (head, *rows):
                     packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             stream.flush()
             os.fsync(stream.fileno())
-        Path(partial).replace(path)
+        partial.replace(path)
     except OSError as error:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         if is_disk_full(error):
             raise DiskFullError(f"{path}: the disk filled up while writing it") from error
         raise
@@ -96,7 +102,7 @@ def read_evaluation(path: Path) -> Evaluation:
                 samples.setdefault(row["task"], {})[row["item"]] = row["value"]
         scores = {task: Score(**score) for task, score in head["scores"].items()}
         return Evaluation(Scorecard(scores, head["protocol"]), samples)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise EvaluationError(
             f"{path}: is no readable evaluation ({error}); delete it to evaluate again"
         ) from error

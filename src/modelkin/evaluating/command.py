@@ -57,7 +57,12 @@ class Command:
         argv = [word.replace("{model}", subject.folder) for word in self._command]
         try:
             done = subprocess.run(
-                argv, cwd=self._folder, capture_output=True, text=True, check=False
+                argv,
+                cwd=self._folder,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                check=False,
             )
         except OSError as error:
             raise EvaluationError(f"{argv[0]}: cannot be run: {error}") from error
@@ -97,4 +102,7 @@ def _last_json(output: str) -> object:
 
 
 def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    except OSError:  # a word too long to be a file's name, such as a program given as text
+        return None

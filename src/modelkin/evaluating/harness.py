@@ -5,10 +5,12 @@ The harness's own response cache is keyed by prompt and not by model; it is neve
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from modelkin.errors import ConfigError, EvaluationError, MissingExtraError
@@ -96,7 +98,9 @@ class Harness:
         self._on_progress = on_progress
         self._settings = settings
         self._trust_remote_code = trust_remote_code
-        self._include = folder / settings.include_path if settings.include_path else None
+        self._include = (
+            (folder / settings.include_path).resolve() if settings.include_path else None
+        )
         if self._include and not self._include.is_dir():
             raise ConfigError(f"evaluation.include_path: no such folder: {self._include}")
         names = [task.task for task in settings.each_task()]
@@ -169,8 +173,10 @@ class Harness:
         Raises:
             ConfigError: a task is unknown or its data cannot be loaded.
         """
+        from datasets import disable_progress_bars
         from lm_eval.tasks import TaskManager
 
+        disable_progress_bars()
         names = [task.task for task in self._settings.each_task()]
         include = str(self._include) if self._include else None
         manager = TaskManager(include_path=include, include_defaults=False) if include else None
@@ -184,15 +190,18 @@ class Harness:
                     + (f" nor of {self._include}" if self._include else "")
                 )
         try:
-            loaded: Mapping[str, Any] = manager.load(
-                [_with_absolute_data(manager.task_index[name]) for name in names]
-            )
+            _make_data_absolute(manager.task_index)
+            loaded: Mapping[str, Any] = manager.load(names)
         except Exception as error:
             raise ConfigError(
                 f"evaluation.tasks: lm-eval cannot load them: {type(error).__name__}: "
                 f"{' '.join(str(error).split())}"
             ) from error
-        own = {task.task: task.num_fewshot for task in self._settings.each_task()}
+        own = {
+            leaf: task.num_fewshot
+            for task in self._settings.each_task()
+            for leaf in _leaves(task.task, loaded.get("group_map", {}))
+        }
         for name, task in loaded["tasks"].items():
             default = task.get_config("num_fewshot")
             # As in the harness: a task that says 0 is not to be given examples, unless the run
@@ -205,25 +214,22 @@ class Harness:
         return loaded
 
 
-def _with_absolute_data(entry: Any) -> Any:
-    """What to ask the task manager for: the task with its local data files as absolute paths.
+def _make_data_absolute(index: Mapping[str, Any]) -> None:
+    """Give the local tasks of a task manager's index absolute paths to their data.
 
-    The harness takes them from the working directory, which would make a task folder depend on
-    where the command was started.
+    The harness takes relative ones from the working directory, which would make a task folder
+    depend on where the command was started.
     """
-    config = entry.cfg or {}
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    if files is None or entry.yaml_path is None:
-        return entry.name
-    kwargs = {
-        **config["dataset_kwargs"],
-        "data_files": _absolute(files, Path(entry.yaml_path).parent),
-    }
-    # A group of one is how the manager takes a known task with changed settings.
-    return {
-        "group": f"{entry.name} with local data",
-        "task": [{"task": entry.name, "dataset_kwargs": kwargs}],
-    }
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for entry in index.values():
+        kwargs = (entry.cfg or {}).get("dataset_kwargs") or {}
+        if entry.yaml_path is not None and "data_files" in kwargs:
+            files = _absolute(kwargs["data_files"], Path(entry.yaml_path).parent)
+            entry.cfg = load_yaml(entry.yaml_path, resolve_func=True) | {
+                "dataset_kwargs": {**kwargs, "data_files": files}
+            }
+            entry.yaml_path = None  # or the file would be read again
 
 
 def _absolute(files: Any, folder: Path) -> Any:
@@ -282,13 +288,37 @@ def _variance(values: Sequence[float]) -> float | None:
     return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
+class _TaskLoader(yaml.SafeLoader):
+    """Reads task YAML without running the functions that it may name."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda *_: None)
+
+
+def _local_data(task: Path) -> list[Path]:
+    """The local data files that a task file names."""
+    try:
+        config = yaml.load(task.read_text(encoding="utf-8"), _TaskLoader)
+    except (yaml.YAMLError, ValueError):
+        return []  # no task: the harness passes it over, too
+    kwargs = config.get("dataset_kwargs") if isinstance(config, dict) else None
+    named = _absolute((kwargs or {}).get("data_files", []), task.parent)
+    lists = named.values() if isinstance(named, dict) else [named]
+    return [
+        Path(file) for files in lists for file in ([files] if isinstance(files, str) else files)
+    ]
+
+
 def _digest_folder(folder: Path) -> dict[str, str]:
-    """Content hashes of all files that tasks in the folder can name."""
+    """Content hashes of all files in the folder and of the local data that its tasks name."""
+    files = {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    for path in sorted(files):
+        if path.suffix in (".yaml", ".yml"):
+            files.update(_local_data(path))
     digests: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            with path.open("rb") as stream:
-                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(
-                    stream, "sha256"
-                ).hexdigest()
+    for path in sorted(file for file in files if file.is_file()):
+        with path.open("rb") as stream:
+            # Relative, so that a folder that was moved asks the same.
+            name = os.path.relpath(path, folder)
+            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests

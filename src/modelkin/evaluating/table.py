@@ -74,7 +74,7 @@ class Table:
         for task in self._tasks:
             try:
                 value = float(row[task])
-            except ValueError:
+            except (TypeError, ValueError):  # a short row has None
                 value = math.nan
             if not math.isfinite(value):
                 raise EvaluationError(
