@@ -84,6 +84,14 @@ class RunConfig(BaseModel):
                 )
         return models
 
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _check_evaluation(cls, evaluation: Any) -> Any:
+        # What is neither has no evaluator to choose its settings by.
+        if not isinstance(evaluation, dict | BaseModel):
+            raise ValueError(f"expected keys and values, found {type(evaluation).__name__}")
+        return evaluation
+
     @model_validator(mode="after")
     def _check_room(self) -> "RunConfig":
         most = self.limits.evaluations
@@ -146,7 +154,7 @@ def load_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -156,6 +164,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`: what it brings may be overridden
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -175,7 +185,7 @@ def _first_problem(error: ValidationError) -> str:
     location = list(problem["loc"])
     # Which kind of a union was tried is part of the location, and no key of the file.
     if location[:1] == ["evaluation"]:
-        del location[1:2]
+        location[1:2] = ["evaluator"] if problem["type"] == "union_tag_invalid" else []
     where = ".".join(str(part) for part in location if part not in ("TaskSettings", "str"))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -183,6 +193,9 @@ def _first_problem(error: ValidationError) -> str:
         return f"{where}: unknown key{known}"
     if problem["type"] == "missing":
         return f"{where}: expected this key, found none"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{where}: expected one of {context['expected_tags']}, found {context['tag']!r:.100}"
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where}: {message[0].lower()}{message[1:]}, found {problem['input']!r:.100}"

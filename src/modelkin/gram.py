@@ -84,20 +84,29 @@ class TensorSums:
     def add(self, base_B: Float64Array, delta_NB: Float64Array) -> None:
         """Add one block: the base's weights and every model's delta, in float64."""
         self.count += base_B.size
-        self.base += float(base_B @ base_B)
+        self.base += _dot(base_B, base_B)
         self.base_sum += float(base_B.sum())
         self.sum_N += delta_NB.sum(axis=1)
-        # One dot product a pair, and not one matrix product: equal rows then give equal bits, so
-        # that identical models have a kinship of exactly one.
-        self.cross_N += [delta_B @ base_B for delta_B in delta_NB]
-        norm_N = np.array([delta_B @ delta_B for delta_B in delta_NB])
-        block_RN = np.array(
-            [[new_B @ delta_B for delta_B in delta_NB] for new_B in delta_NB[self.first_new :]]
-        )
+        new_RB = delta_NB[self.first_new :]
+        self.cross_N += [_dot(delta_B, base_B) for delta_B in delta_NB]
+        norm_N = np.array([_dot(delta_B, delta_B) for delta_B in delta_NB])
+        block_RN = np.array([[_dot(new_B, delta_B) for delta_B in delta_NB] for new_B in new_RB])
         self.gram_RN += block_RN
         norms_RN = norm_N[self.first_new :, None] + norm_N[None, :]
         distance_RN = norms_RN - 2 * block_RN
-        for row, other in np.argwhere(distance_RN < NEAR * norms_RN):
-            difference_B = delta_NB[self.first_new + row] - delta_NB[other]
-            distance_RN[row, other] = difference_B @ difference_B
+        near_RN = distance_RN < NEAR * norms_RN
+        np.fill_diagonal(near_RN[:, self.first_new :], False)  # a model and itself: exactly zero
+        for row, other in np.argwhere(near_RN):
+            difference_B = new_RB[row] - delta_NB[other]
+            distance_RN[row, other] = _dot(difference_B, difference_B)
         self.distance_RN += distance_RN
+
+
+def _dot(one_B: Float64Array, other_B: Float64Array) -> float:
+    """The dot product, summed in one order whatever the pair.
+
+    Equal rows so give equal bits, and identical models a kinship of exactly one. BLAS does not
+    promise that of a matrix product, and for blocks of this size its threads cost more than they
+    give.
+    """
+    return float(np.einsum("b,b->", one_B, other_B))

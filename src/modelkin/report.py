@@ -220,12 +220,15 @@ def family_tree(state: RunState) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" role="img"><title>Family tree</title><style>{_TREE_STYLE}</style>'
+        '<rect width="100%" height="100%"/>'
         f"{''.join(heads)}{''.join(lines)}{''.join(marks)}</svg>"
     )
 
 
 _TREE_STYLE = """
-text { font: 13px system-ui, sans-serif; fill: #444; }
+rect { fill: #fff; }
+text { font: 13px system-ui, sans-serif; fill: #444; paint-order: stroke; stroke: #fff;
+  stroke-width: 4px; }
 text.head { fill: #888; }
 path.line { fill: none; stroke: #b9c2cc; stroke-width: 1.3; }
 path.exploration { stroke: #d08700; stroke-dasharray: 4 3; }

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -230,11 +230,15 @@ def evolve(
         raise ConfigError("evolve: expected 'out', the run folder, as no run file was given")
     folder = Path(out).resolve()
     bars = Bars(progress)
-    cached = _evaluator(config, folder / "evaluations", bars, evaluator)
-    merger = merger or Mergekit(config.merge.options, trust_remote_code=config.trust_remote_code)
     # A model on the Hub may have moved on since the run began; the run has not.
-    pinned = {e.name: e.revision for e in _founded(folder)}
+    pinned = {event.name: event.revision for event in _founded(folder)}
     base, foundations = _open_models(config, pinned)
+    cached = _evaluator(config, folder / "evaluations", bars, evaluator)
+    merger = merger or Mergekit(
+        config.merge.options,
+        trust_remote_code=config.trust_remote_code,
+        on_progress=bars.inner("merging"),
+    )
     with open_ledger(folder) as ledger:
         breeding = _Breeding(
             config, folder, ledger, base, merger, cached, workers or InProcess(), bars
@@ -352,13 +356,15 @@ class _Breeding:
                 ),
                 *founded,
             )
+        self._check_unchanged(settings, founded)
+        # Not with the first events: a crash between them and the file would leave none.
+        if not (self._folder / "run.yaml").exists():
             (self._folder / "run.yaml").write_text(
                 yaml.safe_dump(
                     self._config.model_dump(mode="json", exclude_defaults=True), sort_keys=False
                 ),
                 encoding="utf-8",
             )
-        self._check_unchanged(settings, founded)
 
     def _settings(self) -> dict[str, Any]:
         """Everything that decides the course of the run. Limits and stop rules may change."""
@@ -430,9 +436,10 @@ class _Breeding:
     def _settle(self) -> None:
         """Merge and evaluate every member that is neither scored nor failed."""
         state = self.state
-        trials = [
-            self._trial(state, member) for member in state.members.values() if not member.settled
-        ]
+        unsettled = [member for member in state.members.values() if not member.settled]
+        for member in unsettled:
+            self._remake(state, state.parents_of(member))
+        trials = [self._trial(state, member) for member in unsettled]
         label = f"generation {state.generation}: " + (
             "merging and evaluating" if state.generation else "evaluating the foundations"
         )
@@ -461,6 +468,23 @@ class _Breeding:
             seed=member.recipe.seed if member.recipe else 0,
         )
 
+    def _remake(self, state: RunState, members: Iterable[Member]) -> None:
+        """Make settled children again whose weights somebody deleted, from their recipes."""
+        for member in members:
+            folder = _weights(self._folder, member)
+            if member.recipe is None or folder.exists():
+                continue
+            self._remake(state, state.parents_of(member))
+            trial = self._trial(state, member)
+            self._merger.merge(trial.config or {}, folder, seed=trial.seed)
+            found = fingerprint(open_checkpoint(folder))
+            if found != member.fingerprint:
+                shutil.rmtree(folder)
+                raise LedgerError(
+                    f"{folder}: was deleted, and its recipe now gives other weights: expected "
+                    f"the fingerprint {member.fingerprint}, found {found}"
+                )
+
     def _measure(self) -> None:
         """Measure the kinship of every scored member that was not measured, in one pass."""
         state = self.state
@@ -469,6 +493,7 @@ class _Breeding:
         new = [member for member in scored if member.id not in measured]
         if not new:
             return
+        self._remake(state, scored)
         began = time.monotonic()
         old = [member for member in scored if member.id in measured]
         try:

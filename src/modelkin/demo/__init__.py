@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -23,7 +24,7 @@ from modelkin.evaluating.harness import HarnessSettings
 from modelkin.merging import Mergekit
 from modelkin.progress import Bars
 from modelkin.records import Evaluation, Subject
-from modelkin.report import Row, gain_text, rows
+from modelkin.report import Row, rows
 from modelkin.run import Run, evolve
 from modelkin.state import Member
 
@@ -39,7 +40,7 @@ class Finalist:
         how: the strategy that found it, `foundation`, or the uniform average.
         name: in its family.
         parents: names.
-        merges: how many merges it took to find it.
+        merges: how many merges were made in all by what found it.
         dev: its average on the items it was chosen by, in points.
         test: its average on held-out items, in points.
         samples: its outcomes on the held-out items.
@@ -98,7 +99,7 @@ class DemoResult:
     def print(self, console: Console) -> None:
         """The tables and the conclusion."""
         # Narrower than this the three strategies do not stand side by side.
-        console.width = max(console.width, 116)
+        console.width = max(console.width, 130)
         console.print(family_table(self.runs))
         console.print(self._finalists_table())
         uniform = next(one for one in self.finalists if one.how == UNIFORM)
@@ -109,9 +110,10 @@ class DemoResult:
             f"{100 * against.value:+.1f} (95 % interval {100 * against.low:+.1f} to "
             f"{100 * against.high:+.1f}): {against.verdict}.",
             highlight=False,
+            soft_wrap=True,
         )
         console.print(f"Reports: {self.folder}/<strategy>/report.html", highlight=False)
-        console.print(self.conclusion(), highlight=False, style="bold")
+        console.print(self.conclusion(), highlight=False, style="bold", soft_wrap=True)
 
     def _finalists_table(self) -> Table:
         table = Table(title="Held-out items", title_justify="left")
@@ -142,8 +144,13 @@ class DemoResult:
 
 def family_table(runs: Mapping[str, Run]) -> Table:
     """The families side by side, after the paper's Table 3; a row a model of a generation."""
-    table = Table(title="Families, scored on the dev items", title_justify="left", padding=(0, 1))
-    table.add_column("gen", justify="right")
+    table = Table(
+        title="Families, scored on the dev items",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("gen", justify="right", no_wrap=True)
     for strategy in runs:
         table.add_column(f"{strategy}\nmodel = parents", no_wrap=True)
         table.add_column("\navg", justify="right", no_wrap=True)
@@ -173,7 +180,7 @@ def _cells(row: Row | None) -> tuple[str, str, str, str]:
     if row.failed:
         return (name, "failed", "", "")
     kinship = "" if row.kinship is None else f"{row.kinship:.2f}"
-    gain = gain_text(row).replace(" ± ", "±")
+    gain = "" if row.gain is None else f"{row.gain:+.1f}"
     return (name, "" if row.average is None else f"{row.average:.1f}", gain, kinship)
 
 

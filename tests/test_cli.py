@@ -1,0 +1,316 @@
+"""The command line: one JSON object, one line an error, and no heavy imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import DTYPES, llama_config, llama_like, perturbed, write_checkpoint
+from typer.testing import CliRunner, Result
+
+import modelkin as mk
+from modelkin.cli import app
+
+HEAVY = ("torch", "transformers", "mergekit", "lm_eval", "ray")
+RUN = """\
+base: base
+models: [a, b]
+merge: {preset: slerp}
+evaluation: {evaluator: command, command: [echo, "{model}"], tasks: [t]}
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a base, the models a and b, and a run file."""
+    rng = np.random.default_rng(0)
+    base = llama_like(rng)
+    write_checkpoint(tmp_path / "base", base, dtype="BF16")
+    for name in ("a", "b"):
+        write_checkpoint(tmp_path / name, perturbed(base, rng), dtype="BF16", shards=2)
+    (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _call(*words: str) -> Result:
+    """The command line in this process."""
+    return CliRunner().invoke(app, list(words))
+
+
+def _process(words: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A Python process with arguments."""
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def _python(code: str, folder: Path | None = None) -> str:
+    """What a fresh Python process prints; it has to end well."""
+    done = _process(["-c", code], folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# What is printed
+
+
+def test_the_version_is_printed() -> None:
+    """`--version` prints the package's name and version, and nothing else."""
+    done = _process(["-m", "modelkin.cli", "--version"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"modelkin {mk.__version__}\n", "")
+
+
+def test_kinship_prints_one_json_object(models: Path) -> None:
+    """`kinship --json -` prints exactly one JSON object, and nothing on stderr."""
+    words = ["kinship", "a", "b", "--base", "base", "--json", "-"]
+    done = _process(["-m", "modelkin.cli", *words], models)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    said = json.loads(done.stdout)
+    assert list(said) == [
+        "base",
+        "models",
+        "compared_parameters",
+        "total_parameters",
+        "pcc",
+        "cs",
+        "ed",
+        "mean",
+    ]
+    assert list(said["mean"]) == ["pcc", "cs", "ed"]
+    assert said == mk.kinship(models / "base", [models / "a", models / "b"]).as_dict()
+    assert said["base"] == "base"
+    assert said["models"] == ["a", "b"]
+    assert np.array(said["pcc"]).shape == (2, 2)
+
+
+def test_kinship_writes_json_to_a_file(models: Path) -> None:
+    """`kinship --json FILE` writes the same object to the file and prints nothing."""
+    written = _call("kinship", "a", "b", "--base", "base", "--json", "out.json")
+    printed = _call("kinship", "a", "b", "--base", "base", "--json", "-")
+    assert (written.exit_code, written.stdout) == (0, "")
+    assert (models / "out.json").read_text(encoding="utf-8") == printed.stdout
+
+
+def test_kinship_prints_no_nan(models: Path) -> None:
+    """A model equal to the base is null in JSON and `undefined` in tables, never NaN."""
+    said = _call("kinship", "a", "base", "--base", "base", "--json", "-")
+    assert "NaN" not in said.stdout
+    assert json.loads(said.stdout)["pcc"][1] == [None, None]
+    shown = _call("kinship", "a", "base", "--base", "base")
+    assert shown.exit_code == 0
+    assert "nan" not in shown.stdout.lower()
+    assert "base equals the base: its kinship is undefined" in shown.stdout
+
+
+@pytest.mark.usefixtures("models")
+def test_kinship_prints_tables() -> None:
+    """Without `--json` the three matrices are printed, with what was compared."""
+    shown = _call("kinship", "a", "b", "--base", "base")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert "compared 1,448 of 1,448 parameters (100.0%) with the base base" in shown.stdout
+    for metric in ("pcc", "cs", "ed"):
+        assert f"{metric}, mean 0." in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["a[red]", "[b]", "a:smile:"])
+def test_names_are_printed_as_they_are(name: str, models: Path) -> None:
+    """Brackets and colons in a model's name are not taken for markup."""
+    (models / "a").rename(models / name)
+    assert name in _call("kinship", name, "b", "--base", "base").stdout
+
+
+def test_a_model_with_other_tensors_is_said_to_be_left_out(models: Path) -> None:
+    """A tensor that was not compared is named in the tables."""
+    rng = np.random.default_rng(1)
+    base = llama_like(rng)
+    write_checkpoint(models / "more", {**base, "extra": np.ones(3)}, config=llama_config(base))
+    assert "left out: extra" in _call("kinship", "a", "more", "--base", "base").stdout
+
+
+# What goes wrong
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "a" / "config.json").unlink()
+
+
+def _truncated(folder: Path) -> None:
+    file = folder / "a" / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _no_shard(folder: Path) -> None:
+    (folder / "a" / "model-00002-of-00002.safetensors").unlink()
+
+
+def _not_finite(folder: Path) -> None:
+    tensors = llama_like(np.random.default_rng(2))
+    tensors["model.norm.weight"][3] = np.inf
+    for file in (folder / "a").iterdir():
+        file.unlink()
+    (folder / "a").rmdir()
+    write_checkpoint(folder / "a", tensors)
+
+
+def _other_architecture(folder: Path) -> None:
+    config = json.loads((folder / "a" / "config.json").read_text())
+    (folder / "a" / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2"]}))
+
+
+def _empty(folder: Path) -> None:
+    (folder / "empty").mkdir()
+
+
+def _nothing(_: Path) -> None:
+    pass
+
+
+def _bad_yaml(folder: Path) -> None:
+    (folder / "run.yaml").write_text("base: [\n- :")
+
+
+def _bad_key(folder: Path) -> None:
+    (folder / "run.yaml").write_text(f"{RUN}k: 1\n")
+
+
+def _no_model(folder: Path) -> None:
+    (folder / "run.yaml").write_text(RUN.replace("[a, b]", "[a, ./missing]"))
+
+
+def _latin(folder: Path) -> None:
+    (folder / "run.yaml").write_bytes(b"base: caf\xe9\n")
+
+
+KINSHIP = ["kinship", "a", "b", "--base", "base"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "named"),
+    [
+        (_nothing, ["kinship", "a", "./none", "--base", "base"], ["./none", "no such folder"]),
+        (_nothing, ["kinship", "a", "b", "--base", "/none"], ["/none"]),
+        (_nothing, ["kinship", "a", "a/config.json", "--base", "base"], ["found a file"]),
+        (_nothing, ["kinship", "a", "--base", "base"], ["at least 2 models, found 1"]),
+        (_empty, ["kinship", "a", "empty", "--base", "base"], ["empty", "config.json"]),
+        (_no_config, KINSHIP, ["/a:", "config.json"]),
+        (_truncated, KINSHIP, ["model-00002-of-00002.safetensors", "truncated"]),
+        (_no_shard, KINSHIP, ["model-00002-of-00002.safetensors", "missing"]),
+        (_not_finite, KINSHIP, ["/a/model.safetensors", "model.norm.weight", "inf", "element 3"]),
+        (_other_architecture, KINSHIP, ["/a:", "LlamaForCausalLM", "GPT2"]),
+        (_nothing, [*KINSHIP, "--json", "none/out.json"], ["none/out.json", "No such file"]),
+        (_nothing, ["evolve", "none.yaml"], ["none.yaml", "cannot be read"]),
+        (_nothing, ["evolve", "."], ["cannot be read"]),
+        (_bad_yaml, ["evolve", "run.yaml"], ["run.yaml", "not valid YAML"]),
+        (_latin, ["evolve", "run.yaml"], ["run.yaml", "not valid YAML"]),
+        (_bad_key, ["evolve", "run.yaml", "--dry-run"], ["run.yaml", "k:", "found 1"]),
+        (_no_model, ["evolve", "run.yaml", "--dry-run"], ["models.missing", "no such folder"]),
+        (_nothing, ["evaluate", "a", "--config", "none.yaml"], ["none.yaml", "cannot be read"]),
+        (_nothing, ["evaluate", "./none", "--config", "run.yaml"], ["./none", "no such folder"]),
+        (_nothing, ["status", "a"], ["a:", "ledger.db"]),
+        (_nothing, ["status", "none"], ["none:", "ledger.db"]),
+        (_nothing, ["merge", "none.yaml", "out"], ["none.yaml", "cannot be read"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    spoil: Callable[[Path], None], words: list[str], named: list[str], models: Path
+) -> None:
+    """Bad input gives exit status 2 and one line on stderr that names what is wrong."""
+    spoil(models)
+    done = _call(*words)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for part in named:
+        assert part in done.stderr
+    assert isinstance(done.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["kinship", "a", "./none", "--base", "base"], ["evolve", "none.yaml"], ["status", "a"]],
+)
+def test_a_process_says_no_more(words: list[str], models: Path) -> None:
+    """In a process of its own, too, an error is one line: no traceback and no empty line."""
+    done = _process(["-m", "modelkin.cli", *words], models)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["kinship", "a", "b"], ["bogus"], ["kinship", "--bogus"], []])
+def test_wrong_usage_is_no_traceback(words: list[str]) -> None:
+    """A missing option or an unknown command gives exit status 2 and no traceback."""
+    done = _call(*words)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    "command", ["kinship", "evaluate", "merge", "evolve", "status", "demo"], ids=str
+)
+def test_every_command_has_help(command: str) -> None:
+    """Every command says what it does."""
+    done = _call(command, "--help")
+    assert done.exit_code == 0
+    assert f"{command} [OPTIONS]" in done.stdout
+
+
+# What is imported
+
+
+def test_importing_modelkin_is_light() -> None:
+    """`import modelkin` loads no torch, transformers, mergekit, lm_eval or ray."""
+    code = f"import sys, modelkin; print([name for name in {HEAVY} if name in sys.modules])"
+    assert _python(code) == "[]\n"
+
+
+def test_measuring_kinship_is_light(models: Path) -> None:
+    """A whole `modelkin kinship`, on any dtype, loads none of the heavy packages either."""
+    rng = np.random.default_rng(3)
+    for dtype in DTYPES:
+        write_checkpoint(models / dtype, llama_like(rng), dtype=dtype)
+    code = f"""
+import sys
+from modelkin.cli import app
+try:
+    app(["kinship", {", ".join(map(repr, DTYPES))}, "--base", "base", "--json", "out.json"])
+except SystemExit as done:
+    print(done.code, [name for name in {HEAVY} if name in sys.modules])
+"""
+    assert _python(code, models) == "0 []\n"
+    assert len(json.loads((models / "out.json").read_text())["models"]) == len(DTYPES)
+
+
+def test_a_dry_run_is_light(models: Path) -> None:
+    """`modelkin evolve --dry-run` needs none of the packages that merge or evaluate."""
+    code = f"""
+import sys
+from modelkin.cli import app
+try:
+    app(["evolve", "run.yaml", "--dry-run"])
+except SystemExit as done:
+    print(done.code, [name for name in {HEAVY} if name in sys.modules])
+"""
+    assert _python(code, models).endswith("\n0 []\n")
+
+
+def test_what_modelkin_exports_is_pinned() -> None:
+    """`modelkin.__all__` is the public interface: a change of it is a change of this test."""
+    assert mk.__all__ == [
+        "Kinship",
+        "ModelkinError",
+        "Run",
+        "__version__",
+        "evolve",
+        "kinship",
+        "read_run",
+    ]
+    assert all(hasattr(mk, name) for name in mk.__all__)
