@@ -1,0 +1,181 @@
+"""Facts about runs of real parts: mergekit, lm-eval, transformers, processes and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pico import TASKS, write_model, write_tasks
+
+import modelkin as mk
+from modelkin.ledger import read_events
+from modelkin.records import Merged, Scored
+from modelkin.state import RunState
+
+MODELKIN = Path(sys.executable).parent / "modelkin"
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base, three models made from it, and tasks for them."""
+    folder = tmp_path_factory.mktemp("zoo")
+    base = write_model(folder / "base")
+    for seed, name in enumerate("abc", start=1):
+        write_model(folder / name, like=base, seed=seed)
+    write_tasks(folder / "tasks")
+    return folder
+
+
+def write_run(folder: Path, zoo: Path, **changes: Any) -> Path:
+    """A run file over the zoo."""
+    content: dict[str, Any] = {
+        "base": str(zoo / "base"),
+        "models": {name: str(zoo / name) for name in "abc"},
+        "limits": {"generations": 2},
+        "merge": {"preset": "slerp"},
+        "evaluation": {
+            "tasks": list(TASKS),
+            "include_path": str(zoo / "tasks"),
+            "device": "cpu",
+            "dtype": "float32",
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**content, **changes}), encoding="utf-8")
+    return path
+
+
+def test_real_models_are_bred(zoo: Path, tmp_path: Path) -> None:
+    """Real merges and evaluations give children that load, with scores, samples and kinship."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = mk.evolve(write_run(tmp_path, zoo))
+    members = list(run.state.members.values())
+    assert run.state.generation == 2
+    assert all(member.failure is None for member in members)
+    for member in members:
+        model = AutoModelForCausalLM.from_pretrained(run.weights(member))
+        assert model.dtype == torch.bfloat16
+        assert len(AutoTokenizer.from_pretrained(run.weights(member))) == model.config.vocab_size
+        assert member.scorecard is not None
+        assert tuple(member.scorecard.scores) == TASKS
+        assert {task: len(items) for task, items in run.samples(member).items()} == {
+            task: score.n for task, score in member.scorecard.scores.items()
+        }
+    found = mk.kinship(zoo / "base", [run.weights(member) for member in members])
+    for i, one in enumerate(members):
+        for j, other in enumerate(members[:i]):
+            recorded = run.state.kinship[frozenset((one.id, other.id))]
+            expected = (found.pcc_NN[i, j], found.cs_NN[i, j], found.ed_NN[i, j])
+            assert recorded == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+# Scores depend on the weights alone. The script says when it is asked and of whom it has answered,
+# and where a file `hold` lies it does not answer.
+SCRIPT = """\
+import hashlib, json, pathlib, sys, time
+folder, log = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+weights = hashlib.sha256()
+for file in sorted(folder.glob("*.safetensors")):
+    weights.update(file.read_bytes())
+(log / "asking").touch()
+while (log / "hold").exists():
+    time.sleep(0.02)
+with (log / "answered").open("a") as stream:
+    stream.write(folder.name + "\\n")
+print(json.dumps({"task": int(weights.hexdigest()[:8], 16) / 2**32}))
+"""
+
+
+def kill_when(command: list[str], happens: Callable[[], bool]) -> bool:
+    """Start a command and kill it, with all its children, in the middle of something.
+
+    It is halted first, so that what happens cannot be over when the signal arrives. Returns
+    whether it happened before the command ended.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while process.poll() is None:
+            if happens():
+                os.killpg(process.pid, signal.SIGSTOP)
+                os.waitpid(process.pid, os.WUNTRACED)
+                if happens():
+                    os.killpg(process.pid, signal.SIGKILL)
+                    return process.wait() == -signal.SIGKILL
+                os.killpg(process.pid, signal.SIGCONT)
+            time.sleep(0.002)
+        return False
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def timeless(state: RunState) -> RunState:
+    """The state but for the time that it took."""
+    return replace(state, seconds=0.0)
+
+
+def test_a_run_killed_in_the_middle_ends_the_same(zoo: Path, tmp_path: Path) -> None:
+    """SIGKILL within a merge and within an evaluation costs no result and no recorded score."""
+    (tmp_path / "score.py").write_text(SCRIPT, encoding="utf-8")
+    log = tmp_path / "log"
+    log.mkdir()
+    evaluation = {
+        "evaluator": "command",
+        "command": [sys.executable, str(tmp_path / "score.py"), "{model}", str(log)],
+        "tasks": ["task"],
+    }
+    run_file = write_run(tmp_path, zoo, evaluation=evaluation)
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    command = [str(MODELKIN), "evolve", str(run_file), "--out", str(killed)]
+
+    assert kill_when(command, lambda: any(killed.glob("models/.*.partial")))
+    before_merge = recorded(killed)
+    assert len(before_merge) >= 3
+    assert any(killed.glob("models/.*.partial"))
+
+    (log / "asking").unlink()
+    (log / "hold").touch()
+    assert kill_when(command, (log / "asking").exists)
+    during_evaluation = recorded(killed)
+    (log / "hold").unlink()
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(before_merge) <= set(during_evaluation) <= set(recorded(killed))
+    answered = Counter((log / "answered").read_text().splitlines())
+    finished = mk.read_run(killed)
+    for model in during_evaluation:
+        assert answered[finished.weights(finished.state.members[model]).name] == 1
+    for kind in (Scored, Merged):
+        models = [event.model for event in read_events(killed) if isinstance(event, kind)]
+        assert len(models) == len(set(models))
+    assert not any(killed.glob("models/.*"))
+
+    fresh = mk.evolve(run_file, out=undisturbed)
+    assert timeless(finished.state) == timeless(fresh.state)
+    for member in fresh.state.members.values():
+        assert weights(finished.weights(member)) == weights(fresh.weights(member))
+
+
+def recorded(folder: Path) -> list[str]:
+    """The ids of models whose scores are in a run's ledger."""
+    return [event.model for event in read_events(folder) if isinstance(event, Scored)]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The bytes of a model's weight files."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
