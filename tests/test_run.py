@@ -137,6 +137,12 @@ def interrupted(run: Run, count: int, folder: Path, *, with_files: bool) -> Path
     return folder
 
 
+def test_a_ledger_without_tables_is_as_good_as_none(models: Path, tmp_path: Path) -> None:
+    """A process killed while it made the ledger's file leaves a run that can be begun."""
+    (tmp_path / LEDGER_FILE).touch()
+    assert Fakes().run(settings(models, limits={"generations": 1}), tmp_path).state.generation == 1
+
+
 def prefixes(events: Sequence[Event]) -> list[int]:
     """All numbers of events after which a run can have been interrupted.
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Draws held in memory at once: large tasks have more than ten thousand items.
+CHUNK = 200
+
 Samples = Mapping[str, Mapping[str, float]]
 """For each task, item id to outcome."""
 
@@ -51,7 +54,9 @@ def paired_difference(
             [[other[task][item] for item in items] for other in others], axis=0
         )
         value += difference_I.mean()
-        drawn_DI = random.integers(len(items), size=(draws, len(items)))
-        difference_D += difference_I[drawn_DI].mean(axis=1)
+        for start in range(0, draws, CHUNK):
+            chunk_D = difference_D[start : start + CHUNK]
+            drawn_DI = random.integers(len(items), size=(len(chunk_D), len(items)))
+            chunk_D += difference_I[drawn_DI].mean(axis=1)
     low, high = np.percentile(difference_D / len(child), [2.5, 97.5])
     return Difference(float(value) / len(child), float(low), float(high))

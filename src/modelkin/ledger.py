@@ -108,6 +108,8 @@ def open_ledger(folder: Path) -> Iterator[Ledger]:
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.executescript(_SCHEMA)
             except sqlite3.Error as error:
+                if is_disk_full(error):
+                    raise DiskFullError(f"{path}: the disk is full") from error
                 raise LedgerError(f"{path}: cannot be opened: {error}") from error
             yield Ledger(connection, path)
     finally:
@@ -147,6 +149,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _read(connection: sqlite3.Connection, path: Path) -> list[Event]:
     try:
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            return []  # made by a process that was killed before it wrote anything
         rows: Sequence[tuple[int, str]] = connection.execute(
             "SELECT seq, body FROM events ORDER BY seq"
         ).fetchall()

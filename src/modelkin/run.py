@@ -231,7 +231,9 @@ def evolve(
     folder = Path(out).resolve()
     bars = Bars(progress)
     # A model on the Hub may have moved on since the run began; the run has not.
-    pinned = {event.name: event.revision for event in _founded(folder)}
+    pinned: dict[tuple[str, str], str | None] = {
+        (event.role, event.name): event.revision for event in _founded(folder)
+    }
     base, foundations = _open_models(config, pinned)
     cached = _evaluator(config, folder / "evaluations", bars, evaluator)
     merger = merger or Mergekit(
@@ -256,18 +258,21 @@ def _founded(folder: Path) -> list[Founded]:
 
 
 def _open_models(
-    config: RunConfig, pinned: Mapping[str, str | None]
+    config: RunConfig, pinned: Mapping[tuple[str, str], str | None]
 ) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """The base and the foundations; all of them are looked at before any work starts."""
 
-    def opened(key: str, name: str, given: str) -> Checkpoint:
+    def opened(key: str, role: str, name: str, given: str) -> Checkpoint:
+        revision = pinned.get((role, name))
         try:
-            return open_checkpoint(config.source(given), name=name, revision=pinned.get(name))
+            return open_checkpoint(config.source(given), name=name, revision=revision)
         except CheckpointError as error:
             raise type(error)(f"{key}: {error}") from error
 
-    base = opened("base", "base", config.base)
-    models = tuple(opened(f"models.{name}", name, given) for name, given in config.models.items())
+    base = opened("base", "base", "base", config.base)
+    models = tuple(
+        opened(f"models.{name}", "foundation", name, given) for name, given in config.models.items()
+    )
     compare(base, models)
     return base, models
 

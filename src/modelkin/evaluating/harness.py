@@ -13,7 +13,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from modelkin.errors import ConfigError, EvaluationError, MissingExtraError
+from modelkin.errors import (
+    ConfigError,
+    DiskFullError,
+    EvaluationError,
+    MissingExtraError,
+    is_disk_full,
+)
 from modelkin.progress import OnProgress, tqdm_reports_to
 from modelkin.records import Evaluation, Score, Scorecard, Subject, content_id
 
@@ -140,6 +146,8 @@ class Harness:
                     log_samples=True,
                 )
         except Exception as error:
+            if is_disk_full(error):
+                raise DiskFullError(f"lm-eval: the disk is full: {error}") from error
             # Whatever a model does to the libraries below is that model's failure.
             raise EvaluationError(
                 f"lm-eval: {type(error).__name__}: {' '.join(str(error).split())}"
