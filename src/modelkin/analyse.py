@@ -41,6 +41,9 @@ def paired_difference(
 
     Returns:
         The difference, or `None` where a model kept no samples or the items do not match.
+
+    >>> paired_difference({"task": {"1": 1.0, "2": 0.0}}, [{"task": {"1": 0.5, "2": -0.5}}])
+    Difference(value=0.5, low=0.5, high=0.5)
     """
     if not child or any(set(other) != set(child) for other in others):
         return None

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,6 +22,7 @@ import modelkin
 from modelkin.config import load_config, load_yaml
 from modelkin.errors import ConfigError, ModelkinError
 from modelkin.measuring import kinship as measure_kinship
+from modelkin.progress import Bars
 from modelkin.records import METRICS
 from modelkin.report import failure_lines, lead_sentence, terminal_table
 from modelkin.run import Plan, Run, default_folder, plan, read_run
@@ -66,7 +67,7 @@ def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=stderr,
@@ -138,8 +139,9 @@ def merge(
     config = load_yaml(recipe)
     if not isinstance(config, dict):
         raise ConfigError(f"{recipe}: expected keys and values, found {type(config).__name__}")
-    with console.status("merging"):
-        Mergekit().merge(resolve_models(config, recipe.parent), out.resolve())
+    with _progress() as progress:
+        merger = Mergekit(on_progress=Bars(progress).inner("merging"))
+        merger.merge(resolve_models(config, recipe.parent), out.resolve())
     console.print(f"made {out}", highlight=False)
 
 

@@ -121,7 +121,11 @@ def propose(state: RunState, rules: Rules) -> tuple[Pairing, ...] | Stop:
 
 
 def most_children(rules: Rules, foundations: int) -> int:
-    """An upper bound on the number of children that a run can have."""
+    """An upper bound on the number of children that a run can have.
+
+    >>> most_children(Rules(strategy="greedy", k=3, limits=Limits(generations=2)), foundations=4)
+    9
+    """
     each = rules.k * (rules.k - 1) // 2 + (rules.strategy == "kinship")
     first = foundations * (foundations - 1) // 2
     children = first + each * (rules.limits.generations - 1)

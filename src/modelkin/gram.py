@@ -69,6 +69,15 @@ class TensorSums:
     """Sums over one tensor, fed block by block.
 
     Only the pairs that contain a new model are computed: the last `new` of `models` rows.
+
+    >>> sums = TensorSums(models=2, new=2)
+    >>> sums.add(np.array([1.0, 1.0]), np.array([[1.0, 0.0], [1.0, 2.0]]))
+    >>> sums.gram_RN
+    array([[1., 1.],
+           [1., 5.]])
+    >>> sums.distance_RN
+    array([[0., 4.],
+           [4., 0.]])
     """
 
     def __init__(self, models: int, new: int) -> None:

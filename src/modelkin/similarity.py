@@ -61,6 +61,10 @@ class Kinship:
         """Kinship of all models together: the mean over unordered pairs (paper eq. 4).
 
         `None` where there is no pair, or where one of them is undefined.
+
+        >>> pairs = np.array([[1.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 1.0]])
+        >>> Kinship("base", ("a", "b", "c"), 9, 9, pairs, pairs, pairs).mean("pcc")
+        0.25
         """
         pairs = self.matrix(metric)[np.triu_indices(len(self.models), k=1)]
         return _number(float(pairs.mean())) if pairs.size else None
