@@ -109,7 +109,7 @@ def terminal_table(
         shown = ()
     for task in shown:
         table.add_column(task, justify="right", no_wrap=True)
-    for column in ("average", "gain", "kinship", "generation"):
+    for column in ("average", "gain", "kinship", "gen"):
         table.add_column(column, justify="right", no_wrap=True)
     ranked = state.ranked()
     best = ranked[0].name if ranked else None
