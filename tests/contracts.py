@@ -76,12 +76,14 @@ class MergerContract:
     def test_remains_of_a_killed_merge_go_away(
         self, merger: Merger, good: Mapping[str, Any], tmp_path: Path
     ) -> None:
-        """What a killed process left of the same child is removed by the next merge."""
-        remains = tmp_path / ".child.abc.partial" / "child"
-        remains.mkdir(parents=True)
-        (remains / "model.safetensors").write_bytes(b"half")
+        """What a killed process left of the same child, and of no other, goes at the next merge."""
+        remains = tmp_path / ".child.abcd1234.partial" / "child"
+        others = tmp_path / ".child.v2.abcd1234.partial" / "child.v2"
+        for folder in (remains, others):
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(b"half")
         merger.merge(good, tmp_path / "child")
-        assert [path.name for path in tmp_path.iterdir()] == ["child"]
+        assert {path.name for path in tmp_path.iterdir()} == {"child", others.parent.name}
 
     def test_an_existing_folder_is_not_touched(
         self, merger: Merger, good: Mapping[str, Any], tmp_path: Path

@@ -24,7 +24,7 @@ from modelkin.evaluating.command import CommandSettings
 from modelkin.evaluating.harness import HarnessSettings, TaskSettings
 from modelkin.evaluating.table import TableSettings
 from modelkin.merging import Mergekit, Merger
-from modelkin.records import Subject
+from modelkin.records import Subject, pedigree
 from modelkin.testing import FunctionEvaluator, FunctionMerger, ShuffledWorkers
 from modelkin.workers import InProcess, Workers
 
@@ -308,8 +308,37 @@ class TestHarness(EvaluatorContract):
         """A metric that the task does not report is named with those that it does."""
         wanted = TaskSettings(task="pick", metric="charm")
         evaluator = Harness(asking(tasks, tasks=[wanted]), folder=tasks)
-        with pytest.raises(EvaluationError, match="expected the metric charm, found acc"):
+        with pytest.raises(ConfigError, match="expected the metric charm, found acc"):
             evaluator.evaluate(subject)
+
+    def test_a_group_without_an_aggregate_is_the_mean_of_its_items(
+        self, tasks: Path, subject: Subject
+    ) -> None:
+        """The score of a group that declares none is the mean over its tasks' items."""
+        (tasks / "both.yaml").write_text(f"group: both\ntask: [{', '.join(TASKS)}]\n")
+        found = Harness(asking(tasks, tasks=["both"]), folder=tasks).evaluate(subject)
+        alone = Harness(asking(tasks), folder=tasks).evaluate(subject)
+        items = [value for task in TASKS for value in alone.samples[task].values()]
+        assert sorted(found.samples["both"].values()) == sorted(items)
+        assert found.scorecard.average == pytest.approx(sum(items) / len(items))
+
+    def test_a_metric_of_which_less_is_better_is_refused(
+        self, tasks: Path, subject: Subject
+    ) -> None:
+        """Breeding takes the highest score, so a metric like perplexity is not taken for one."""
+        path = tasks / f"{TASKS[0]}.yaml"
+        path.write_text(
+            path.read_text().replace("higher_is_better: true", "higher_is_better: false")
+        )
+        with pytest.raises(ConfigError, match="expected a metric of which more is better"):
+            Harness(asking(tasks, tasks=[TASKS[0]]), folder=tasks).evaluate(subject)
+
+    def test_a_tag_is_refused_before_any_work(self, tasks: Path) -> None:
+        """A tag stands for several tasks and has no score; the error names them."""
+        path = tasks / f"{TASKS[0]}.yaml"
+        path.write_text(path.read_text() + "tag: mine\n")
+        with pytest.raises(ConfigError, match=f"'mine' is a tag .* name its tasks: {TASKS[0]}"):
+            Harness(asking(tasks, tasks=["mine"]), folder=tasks).load_tasks()
 
 
 def log_probabilities(folder: str, prompt: str, answer: str) -> tuple[float, bool]:
@@ -420,7 +449,9 @@ class TestCommand(EvaluatorContract):
 
     def test_a_program_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         """A command that cannot be run is named."""
-        settings = CommandSettings(evaluator="command", command=["./juggle"], tasks=["qa"])
+        settings = CommandSettings(
+            evaluator="command", command=["./juggle", "{model}"], tasks=["qa"]
+        )
         with pytest.raises(EvaluationError, match=r"\./juggle: cannot be run"):
             Command(settings, folder=tmp_path).evaluate(SUBJECT)
 
@@ -428,7 +459,7 @@ class TestCommand(EvaluatorContract):
         """Words of any length are arguments, not files."""
         text = f"# {'x' * 5000}\nprint('{{\"qa\": 0.5}}')"
         settings = CommandSettings(
-            evaluator="command", command=[sys.executable, "-c", text], tasks=["qa"]
+            evaluator="command", command=[sys.executable, "-c", text, "{model}"], tasks=["qa"]
         )
         card = Command(settings, folder=tmp_path).evaluate(SUBJECT).scorecard
         assert card.average == 0.5
@@ -470,7 +501,7 @@ class TestTable(EvaluatorContract):
     def evaluator(self, tmp_path: Path) -> Evaluator:
         return looking_up(tmp_path)
 
-    @pytest.fixture(params=["a", "(a+b)"])
+    @pytest.fixture(params=["a", pedigree("b", "a")], ids=["foundation", "child"])
     def subject(self, request: pytest.FixtureRequest) -> Subject:
         return replace(SUBJECT, pedigree=request.param)
 
@@ -598,8 +629,8 @@ class TestCached(TestFunctionEvaluator):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
     @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other"])
-    def test_a_damaged_file_is_named(self, tmp_path: Path, damage: str) -> None:
-        """A file that is not readable raises EvaluationError with its path, and is not replaced."""
+    def test_a_damaged_file_is_named_and_replaced(self, tmp_path: Path, damage: str) -> None:
+        """A file that is not readable is named when read, and is as good as none to the cache."""
         import gzip
 
         cached = Cached(FunctionEvaluator(outcomes), tmp_path)
@@ -616,8 +647,9 @@ class TestCached(TestFunctionEvaluator):
         }[damage]
         path.write_bytes(damaged)
         with pytest.raises(EvaluationError, match=rf"{path.name}: is no readable evaluation"):
-            cached.evaluate(SUBJECT)
-        assert path.read_bytes() == damaged
+            read_evaluation(path)
+        cached.evaluate(SUBJECT)
+        assert path.read_bytes() == content
 
     def test_files_can_be_shared(self, tmp_path: Path) -> None:
         """A stored evaluation may be read by whoever may read the run's other files."""

@@ -158,7 +158,7 @@ def test_a_killed_build_is_resumed(zoo: Zoo, folder: Path) -> None:
     """Only what is missing is made again, byte for byte, over what a killed build left behind."""
     before = _written(folder)
     shutil.rmtree(zoo.experts["shift"])
-    partial = folder / "models" / ".shift.x1.partial"
+    partial = folder / "models" / ".shift.abcd1234.partial"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"cut sho")
 

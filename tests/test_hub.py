@@ -57,7 +57,11 @@ def run(folder: Path, generations: int) -> Run:
             "k": 2,
             "limits": {"generations": generations},
             "merge": {"preset": "slerp"},
-            "evaluation": {"evaluator": "command", "command": ["unused"], "tasks": ["size"]},
+            "evaluation": {
+                "evaluator": "command",
+                "command": ["unused", "{model}"],
+                "tasks": ["size"],
+            },
         },
         folder=folder,
     )

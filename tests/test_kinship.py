@@ -316,18 +316,6 @@ def test_known_statistics_of_other_models_are_not_used(tmp_path: Path) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=seeds, dtype=dtypes, picked=st.lists(st.integers(0, 3), min_size=1, unique=True))
-def test_statistics_of_some_of_the_models_can_be_selected(
-    seed: int, dtype: Dtype, picked: list[int]
-) -> None:
-    """Selecting models from statistics equals measuring those models alone."""
-    with _Written(seed, 4, dtype) as (base, models):
-        everything = _measured(base, models)
-        alone = _measured(base, [models[n] for n in picked])
-    _assert_same_sums(everything.select([everything.models[n] for n in picked]), alone)
-
-
-@settings(max_examples=15, deadline=None)
 @given(seed=seeds)
 def test_statistics_add_up_over_tensors(seed: int) -> None:
     """Statistics of a model are the sum of those of models that hold one of its tensors each."""

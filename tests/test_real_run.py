@@ -16,6 +16,7 @@ import yaml
 from pico import TASKS, write_model, write_tasks
 
 import modelkin as mk
+from modelkin.errors import ConfigError
 from modelkin.ledger import read_events
 from modelkin.records import Merged, Scored
 from modelkin.state import RunState
@@ -78,6 +79,44 @@ def test_real_models_are_bred(zoo: Path, tmp_path: Path) -> None:
             recorded = run.state.kinship[frozenset((one.id, other.id))]
             expected = (found.pcc_NN[i, j], found.cs_NN[i, j], found.ed_NN[i, j])
             assert recorded == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merge": {"preset": "slerp", "options": {"cuda": "perhaps"}}}, "merge.options.cuda"),
+        (
+            {
+                "merge": {
+                    "template": {
+                        "merge_method": "slepr",
+                        "models": [{"model": "{parent_1}"}, {"model": "{parent_2}"}],
+                    }
+                }
+            },
+            "merge: mergekit does not accept it: .*slepr",
+        ),
+    ],
+    ids=["option", "method"],
+)
+def test_what_mergekit_refuses_is_refused_before_any_work(
+    zoo: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A merge that cannot work is an error at the start, and leaves a folder that can be used."""
+    with pytest.raises(ConfigError, match=message):
+        mk.evolve(write_run(tmp_path, zoo, **changes), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_with_broken_data_is_refused_before_any_work(zoo: Path, tmp_path: Path) -> None:
+    """A task that cannot be loaded is an error at the start, and leaves nothing behind."""
+    (tmp_path / "tasks").mkdir()
+    task = (zoo / "tasks" / f"{TASKS[0]}.yaml").read_text()
+    (tmp_path / "tasks" / f"{TASKS[0]}.yaml").write_text(task)  # without its data
+    evaluation = {"tasks": [TASKS[0]], "include_path": "tasks", "device": "cpu"}
+    with pytest.raises(ConfigError, match=r"evaluation.tasks: lm-eval cannot load them"):
+        mk.evolve(write_run(tmp_path, zoo, evaluation=evaluation), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Scores depend on the weights alone. The script says when it is asked and of whom it has answered,

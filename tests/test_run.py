@@ -104,7 +104,11 @@ def settings(zoo: Path, **changes: Any) -> RunConfig:
         "models": ["a", "b", "c"],
         "limits": {"generations": 3},
         "merge": {"template": TEMPLATE},
-        "evaluation": {"evaluator": "command", "command": ["unused"], "tasks": ["near", "flat"]},
+        "evaluation": {
+            "evaluator": "command",
+            "command": ["unused", "{model}"],
+            "tasks": ["near", "flat"],
+        },
     }
     return parse_config({**content, **changes}, folder=zoo)
 
@@ -141,6 +145,40 @@ def test_a_ledger_without_tables_is_as_good_as_none(models: Path, tmp_path: Path
     """A process killed while it made the ledger's file leaves a run that can be begun."""
     (tmp_path / LEDGER_FILE).touch()
     assert Fakes().run(settings(models, limits={"generations": 1}), tmp_path).state.generation == 1
+
+
+def test_foundation_models_may_move(models: Path, tmp_path: Path) -> None:
+    """A run goes on with the same models in another folder, and ends as if they had stayed."""
+    moved = tmp_path / "moved"
+    shutil.copytree(models, tmp_path / "models")
+    Fakes().run(settings(tmp_path / "models", limits={"generations": 1}), tmp_path / "run")
+    (tmp_path / "models").rename(moved)
+    run = Fakes().run(settings(moved), tmp_path / "run")
+    undisturbed = Fakes().run(settings(moved), tmp_path / "undisturbed")
+    assert [m.fingerprint for m in run.state.ranked()] == [
+        m.fingerprint for m in undisturbed.state.ranked()
+    ]
+    assert not failure_lines(run.state)
+
+
+@pytest.mark.parametrize("name", ["base", "b"])
+def test_a_run_does_not_begin_with_what_cannot_be_measured(
+    models: Path, tmp_path: Path, name: str
+) -> None:
+    """A NaN in the base or a foundation model is an error before any evaluation, and mendable."""
+    shutil.copytree(models, tmp_path / "models")
+    tensors = read(tmp_path / "models" / name)
+    next(iter(tensors.values())).flat[0] = np.nan
+    shutil.rmtree(tmp_path / "models" / name)
+    write_checkpoint(tmp_path / "models" / name, tensors)
+    fakes = Fakes()
+    config = settings(tmp_path / "models", limits={"generations": 1})
+    with pytest.raises(CheckpointError, match=rf"models/{name}/.*expected finite numbers"):
+        fakes.run(config, tmp_path / "run")
+    assert not fakes.evaluated
+    shutil.rmtree(tmp_path / "models" / name)
+    shutil.copytree(models / name, tmp_path / "models" / name)
+    assert fakes.run(config, tmp_path / "run").state.generation == 1
 
 
 def prefixes(events: Sequence[Event]) -> list[int]:
@@ -222,7 +260,7 @@ def test_no_weights_are_evaluated_twice(models: Path, tmp_path: Path) -> None:
     fakes = Fakes()
     shared = {
         "evaluator": "command",
-        "command": ["unused"],
+        "command": ["unused", "{model}"],
         "tasks": ["near", "flat"],
         "cache": str(tmp_path / "shared"),
     }
@@ -479,7 +517,7 @@ def test_changed_settings_are_refused(
 def test_another_protocol_is_refused(undisturbed: Run, models: Path, tmp_path: Path) -> None:
     """Scores of two protocols are never mixed in one run."""
     folder = interrupted(undisturbed, 8, tmp_path / "run", with_files=False)
-    with pytest.raises(LedgerError, match="was started with evaluation = near-target"):
+    with pytest.raises(LedgerError, match="was started with another evaluation"):
         evolve(
             settings(models),
             out=folder,

@@ -5,6 +5,7 @@ what the weights are for. A model is a folder with `config.json` and safetensors
 id `org/name[@revision]`, which is downloaded first.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -41,7 +42,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # What decides how a model answers: weights, architecture, tokenizer, generation settings.
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.txt", "merges.txt", "chat_template.jinja")
-_DOWNLOADS = ["*.safetensors", "*.json", *_TOKENIZER_FILES, "*.py"]
+# Not `*.safetensors`: some repositories hold the weights a second time, under another name.
+_DOWNLOADS = ["model*.safetensors", "*.json", *_TOKENIZER_FILES, "*.py"]
 # Written by modelkin or by training tools; says nothing about the weights.
 RECIPE_FILE = "modelkin.json"
 _NOT_FINGERPRINTED = {RECIPE_FILE, INDEX_FILE, "trainer_state.json", "training_args.json"}
@@ -164,7 +166,10 @@ def _download(source: str, revision: str | None) -> tuple[Path, str]:
     try:
         folder = Path(
             snapshot_download(
-                repository, revision=revision or asked or None, allow_patterns=_DOWNLOADS
+                repository,
+                revision=revision or asked or None,
+                allow_patterns=_DOWNLOADS,
+                ignore_patterns=["*/*"],
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -184,7 +189,8 @@ def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
     if not index.exists():
         if (folder / SINGLE_FILE).is_file():
             return {folder / SINGLE_FILE: None}
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        # `.bin.index.json` is what comes of a Hub model whose weights were not downloaded.
+        if any(folder.glob("*.bin*")) or any(folder.glob("*.pt")):
             raise CheckpointError(
                 f"{folder}: holds pickled weights, which can run code when they are loaded and "
                 "are refused; save them as safetensors first, for instance with transformers' "
@@ -327,8 +333,9 @@ def whole_folder(folder: Path, *, record: Mapping[str, Any]) -> Iterator[Path]:
         raise ConfigError(f"{folder}: expected a folder that does not exist yet")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Left by a process that was killed; no two processes work on the same folder.
-        for remains in folder.parent.glob(f".{folder.name}.*.partial"):
+        # Left by a process that was killed; no two processes work on the same folder. The eight
+        # characters are those that tempfile adds: `m` must not take what belongs to `m.v2`.
+        for remains in folder.parent.glob(f".{glob.escape(folder.name)}.????????.partial"):
             shutil.rmtree(remains)
         with tempfile.TemporaryDirectory(
             prefix=f".{folder.name}.",

@@ -40,7 +40,9 @@ class _Group(TyperGroup):
         except ModelkinError as error:
             print(f"error: {error}", file=sys.stderr)
         except OSError as error:
-            print(f"error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+            reason = error.strerror or " ".join(str(error).split())
+            named = f"{error.filename}: " if error.filename else ""
+            print(f"error: {named}{reason}", file=sys.stderr)
         raise typer.Exit(2)
 
 
@@ -233,7 +235,9 @@ def _print_run(run: Run) -> None:
     for line in failure_lines(run.state):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(
-        f"Stopped: {run.state.stopped}." if run.state.stopped else "Not finished: run it again.",
+        f"Stopped: {run.state.stopped}."
+        if run.state.stopped
+        else "Not finished: still going on, or interrupted.",
         highlight=False,
     )
     console.print(lead_sentence(run.state, run.samples), highlight=False, soft_wrap=True)

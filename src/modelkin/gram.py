@@ -8,7 +8,6 @@ statistic is a sum over the elements of one tensor, kept in float64. Sums add up
 layers or any subset they are exact.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,22 +46,6 @@ class GramStats:
     cross_TN: Float64Array
     gram_TNN: Float64Array
     distance_TNN: Float64Array
-
-    def select(self, models: Sequence[str]) -> "GramStats":
-        """The statistics of some of the models, in the order asked for."""
-        index_N = [self.models.index(model) for model in models]
-        pairs = np.ix_(range(len(self.tensors)), index_N, index_N)
-        return GramStats(
-            models=tuple(models),
-            tensors=self.tensors,
-            count_T=self.count_T,
-            base_T=self.base_T,
-            base_sum_T=self.base_sum_T,
-            sum_TN=self.sum_TN[:, index_N],
-            cross_TN=self.cross_TN[:, index_N],
-            gram_TNN=self.gram_TNN[pairs],
-            distance_TNN=self.distance_TNN[pairs],
-        )
 
 
 class TensorSums:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from modelkin.checkpoint import open_checkpoint, whole_folder
 from modelkin.errors import ConfigError, DiskFullError, MergeError, MissingExtraError, is_disk_full
 from modelkin.progress import OnProgress, tqdm_reports_to
+from modelkin.records import canonical_json
 
 _PARENTS: Mapping[str, Any] = {
     "base_model": "{parent_1}",
@@ -65,6 +66,10 @@ class MergeSettings(BaseModel):
             raise ValueError("expected either 'preset' or 'template'")
         text = str(self.template)
         if self.template is not None:
+            try:
+                canonical_json(self.template)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"template: expected what JSON can hold: {error}") from error
             if "merge_method" not in self.template:
                 raise ValueError("template: expected mergekit's key 'merge_method'")
             missing = [name for name in ("{parent_1}", "{parent_2}") if name not in text]
@@ -151,7 +156,7 @@ class Mergekit:
         trust_remote_code: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
-        """`options` are mergekit's own; raises ConfigError where it has no such option.
+        """`options` are mergekit's own; raises ConfigError where it does not accept them.
 
         `on_progress` is called with the number of tensor operations done and their total.
         """
@@ -159,15 +164,34 @@ class Mergekit:
             from mergekit.options import MergeOptions
         except ImportError as error:
             raise MissingExtraError("mergekit", "evolve") from error
-        for key in options or {}:
+        for key, value in (options or {}).items():
             if key not in MergeOptions.model_fields:
                 raise ConfigError(f"merge.options.{key}: mergekit has no such option")
+            try:
+                MergeOptions(**{key: value})
+            except Exception as error:
+                raise ConfigError(f"merge.options.{key}: {_one_line(error)}") from error
         self._on_progress = on_progress
         self._options = {
             "quiet": True,
             "trust_remote_code": trust_remote_code,
             **(options or {}),
         }
+
+    def check(self, template: Mapping[str, Any]) -> None:
+        """See whether mergekit would accept a template, before anything is merged by it.
+
+        Raises:
+            ConfigError: it would not.
+        """
+        from mergekit import merge_methods
+        from mergekit.config import MergeConfiguration
+
+        paths = {name: f"/{name}" for name in ("parent_1", "parent_2", "base")}
+        try:
+            merge_methods.get(MergeConfiguration.model_validate(fill(template, paths)).merge_method)
+        except Exception as error:  # mergekit raises RuntimeError from inside its validators
+            raise ConfigError(f"merge: mergekit does not accept it: {_one_line(error)}") from error
 
     def merge(self, config: Mapping[str, Any], out: Path, *, seed: int = 0) -> None:
         """See `Merger.merge`."""
@@ -188,7 +212,8 @@ class Mergekit:
             donor = Path(str(parsed.base_model.model.path) if parsed.base_model else referenced[0])
             # Without a tokenizer mergekit would look for one on the Hub.
             tokenizer = not donor.is_dir() or any(donor.glob("tokenizer*"))
-            options = MergeOptions(copy_tokenizer=tokenizer, random_seed=seed, **self._options)
+            given = {"copy_tokenizer": tokenizer, "random_seed": seed, **self._options}
+            options = MergeOptions(**given)
             with tqdm_reports_to(self._on_progress, mergekit.graph):
                 run_merge(parsed, str(folder), options)
 

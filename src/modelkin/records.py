@@ -248,8 +248,7 @@ class Subject:
 
     Attributes:
         name: its name in the family.
-        pedigree: how it descends from foundations, written so that it does not depend on the
-            parents' order: `a` for a foundation, `(a+(a+b))` for a child.
+        pedigree: what it descends from, whatever its name: see `pedigree`.
         folder: where its weights are.
         fingerprint: hash of the files that decide what it answers.
     """
@@ -273,9 +272,11 @@ class Evaluation:
 
 
 def pedigree(*parents: str) -> str:
-    """The pedigree of a child from its parents' pedigrees, whatever their order.
+    """What names a child by its descent: a hash of its parents' pedigrees, whatever their order.
 
-    >>> pedigree("b", "a")
-    '(a+b)'
+    That of a foundation model is its name.
+
+    >>> pedigree("b", "a") == pedigree("a", "b") != pedigree("a", "c")
+    True
     """
-    return "(" + "+".join(sorted(parents)) + ")"
+    return content_id(sorted(parents))

@@ -32,7 +32,7 @@ class Row:
     average: float | None
     gain: float | None
     interval: Difference | None
-    kinship: float | None
+    kinship: str
     failed: bool
 
 
@@ -79,11 +79,21 @@ def rows(state: RunState, samples_of: SamplesOf) -> list[Row]:
                 average=scaled(member.average),
                 gain=scaled(gain),
                 interval=difference(samples, member, parents, factor) if gain is not None else None,
-                kinship=state.similarity(parents[0].id, parents[1].id, metric) if parents else None,
+                kinship=_kinship(state, parents, metric),
                 failed=member.failure is not None,
             )
         )
     return table
+
+
+def _kinship(state: RunState, parents: Sequence[Member], metric: Metric) -> str:
+    """The kinship of a child's parents; where one equals the base it is undefined."""
+    if not parents:
+        return ""
+    if frozenset(parent.id for parent in parents) not in state.kinship:
+        return ""
+    value = state.similarity(parents[0].id, parents[1].id, metric)
+    return "undefined" if value is None else f"{value:.2f}"
 
 
 def difference(
@@ -124,7 +134,7 @@ def terminal_table(
             *(_number(value) for value in row.tasks[: len(shown)]),
             _number(row.average),
             gain_text(row),
-            _number(row.kinship),
+            row.kinship,
             str(row.generation),
             style="bold green" if row.name == best else None,
         )
@@ -281,7 +291,7 @@ def _page(state: RunState, samples_of: SamplesOf) -> str:
             cells += [""] * len(row.tasks) + ["failed", "", "", str(row.generation)]
         else:
             cells += [_number(value) for value in (*row.tasks, row.average)]
-            cells += [gain_text(row), _number(row.kinship), str(row.generation)]
+            cells += [gain_text(row), row.kinship, str(row.generation)]
         kind = "failed" if row.failed else "best" if row.name == best else ""
         body.append(
             f'<tr class="{kind}">' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"

@@ -179,9 +179,8 @@ def _cells(row: Row | None) -> tuple[str, str, str, str]:
     name = f"{row.name} = {'×'.join(row.parents)}" if row.parents else row.name
     if row.failed:
         return (name, "failed", "", "")
-    kinship = "" if row.kinship is None else f"{row.kinship:.2f}"
     gain = "" if row.gain is None else f"{row.gain:+.1f}"
-    return (name, "" if row.average is None else f"{row.average:.1f}", gain, kinship)
+    return (name, "" if row.average is None else f"{row.average:.1f}", gain, row.kinship)
 
 
 def run_demo(folder: Path, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:

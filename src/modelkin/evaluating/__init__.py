@@ -63,19 +63,24 @@ def make_evaluator(
     folder: Path,
     trust_remote_code: bool = False,
     on_progress: OnProgress | None = None,
+    load: bool = False,
 ) -> Evaluator:
     """The evaluator that `settings` describe; relative paths are taken from `folder`.
 
-    `on_progress` is called with the number of prompts answered and their total.
+    `on_progress` is called with the number of prompts answered and their total. With `load`,
+    what the first evaluation would load is loaded now, so that its mistakes show before any work.
     """
     match settings:
         case HarnessSettings():
-            return Harness(
+            harness = Harness(
                 settings,
                 folder=folder,
                 trust_remote_code=trust_remote_code,
                 on_progress=on_progress,
             )
+            if load:
+                harness.load_tasks()
+            return harness
         case CommandSettings():
             return Command(settings, folder=folder)
         case TableSettings():

@@ -9,6 +9,7 @@ import json
 import os
 import uuid
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ class Cached:
         key = evaluation_id(subject.fingerprint, self.protocol)
         path = self._folder / f"{key}.jsonl.gz"
         if path.exists():
-            return read_evaluation(path)
+            with suppress(EvaluationError):  # a damaged file is as good as none
+                return read_evaluation(path)
         evaluation = self._evaluator.evaluate(subject)
         write_evaluation(path, subject, evaluation)
         return evaluation
@@ -103,6 +105,4 @@ def read_evaluation(path: Path) -> Evaluation:
         scores = {task: Score(**score) for task, score in head["scores"].items()}
         return Evaluation(Scorecard(scores, head["protocol"]), samples)
     except _UNREADABLE as error:
-        raise EvaluationError(
-            f"{path}: is no readable evaluation ({error}); delete it to evaluate again"
-        ) from error
+        raise EvaluationError(f"{path}: is no readable evaluation: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from modelkin.errors import EvaluationError
 from modelkin.records import Evaluation, Score, Scorecard, Subject, content_id
@@ -29,6 +29,13 @@ class CommandSettings(BaseModel):
     command: Annotated[list[str], Field(min_length=1)]
     tasks: Annotated[list[str], Field(min_length=1)]
     cache: Path | None = None
+
+    @field_validator("command")
+    @classmethod
+    def _names_the_model(cls, command: list[str]) -> list[str]:
+        if not any("{model}" in word for word in command):
+            raise ValueError("expected the placeholder {model}, found none")
+        return command
 
 
 class Command:

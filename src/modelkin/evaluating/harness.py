@@ -113,7 +113,7 @@ class Harness:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"evaluation.tasks: {name!r} is named twice")
-        self._loaded: Mapping[str, Any] | None = None
+        self._tasks: Mapping[str, Any] | None = None
         # Where and in what batches it runs is not part of what is asked.
         asked = settings.model_dump(mode="json", exclude={"batch_size", "device", "cache"})
         asked["include_path"] = _digest_folder(self._include) if self._include else None
@@ -131,8 +131,8 @@ class Harness:
         import lm_eval.models.huggingface
         from lm_eval.evaluator import evaluate
 
-        if self._loaded is None:
-            self._loaded = self._load_tasks()
+        self.load_tasks()
+        assert self._tasks is not None
         try:
             model = self._load_model(subject.folder)
             # Prompts are answered in one of these modules and prepared in the others.
@@ -140,11 +140,13 @@ class Harness:
             with quiet, tqdm_reports_to(self._on_progress, lm_eval.models.huggingface):
                 results = evaluate(
                     lm=model,
-                    task_dict=dict(self._loaded),
+                    task_dict=dict(self._tasks),
                     limit=self._settings.limit,
                     bootstrap_iters=0,
                     log_samples=True,
                 )
+        except ConfigError:
+            raise
         except Exception as error:
             if is_disk_full(error):
                 raise DiskFullError(f"lm-eval: the disk is full: {error}") from error
@@ -158,6 +160,15 @@ class Harness:
             scores[task.task], samples[task.task] = _read(task, results)
         return Evaluation(Scorecard(scores, self._protocol), samples)
 
+    def load_tasks(self) -> None:
+        """Load the tasks and their data now, and not with the first model.
+
+        Raises:
+            ConfigError: a task is unknown or its data cannot be loaded.
+        """
+        if self._tasks is None:
+            self._tasks = self._load_tasks()
+
     def _load_model(self, folder: str) -> Any:
         import torch
         from lm_eval.models.huggingface import HFLM
@@ -167,6 +178,9 @@ class Harness:
         device = self._settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            # The harness would take the CPU without a word.
+            raise ConfigError(f"evaluation.device: {device}: torch finds no such device here")
         return HFLM(
             pretrained=folder,
             dtype=self._settings.dtype,
@@ -176,11 +190,7 @@ class Harness:
         )
 
     def _load_tasks(self) -> Mapping[str, Any]:
-        """The harness's own task objects, with their data. Slow, so done once.
-
-        Raises:
-            ConfigError: a task is unknown or its data cannot be loaded.
-        """
+        """The harness's own task objects, with their data. Slow, so done once."""
         from datasets import disable_progress_bars
         from lm_eval.tasks import TaskManager
 
@@ -196,6 +206,11 @@ class Harness:
                 raise ConfigError(
                     f"evaluation.tasks: {name!r} is no task of lm-eval"
                     + (f" nor of {self._include}" if self._include else "")
+                )
+            if manager.task_index[name].kind.name == "TAG":
+                members = ", ".join(sorted(manager.task_index[name].tags))
+                raise ConfigError(
+                    f"evaluation.tasks: {name!r} is a tag and no task; name its tasks: {members}"
                 )
         try:
             _make_data_absolute(manager.task_index)
@@ -258,29 +273,42 @@ def _read(task: TaskSettings, results: Mapping[str, Any]) -> tuple[Score, dict[s
     ]
     chosen = [key for key in metrics if task.metric in (None, key, key.partition(",")[0])]
     if not chosen:
-        raise EvaluationError(
-            f"lm-eval: task {task.task}: expected the metric {task.metric}, "
+        raise ConfigError(
+            f"evaluation.tasks: {task.task}: expected the metric {task.metric}, "
             f"found {', '.join(metrics) or 'none'}"
         )
     metric, _, answer_filter = chosen[0].partition(",")
+    if results["higher_is_better"].get(leaves[0], {}).get(metric) is False:
+        raise ConfigError(
+            f"evaluation.tasks: {task.task}: expected a metric of which more is better, "
+            f"found {metric}; name another with 'metric'"
+        )
     outcomes = {
         (str(sample["doc_id"]) if len(leaves) == 1 else f"{leaf}/{sample['doc_id']}"): sample
         for leaf in leaves
         for sample in results["samples"][leaf]
         if sample["filter"] == answer_filter
     }
-    group = results.get("groups", {}).get(task.task, {})
-    value = float(group.get(chosen[0], results["results"][leaves[0]][chosen[0]]))
-    if not math.isfinite(value):
-        raise EvaluationError(f"lm-eval: task {task.task}: {chosen[0]} is {value}")
     if all(isinstance(sample.get(metric), int | float) for sample in outcomes.values()):
         samples = {item: float(sample[metric]) for item, sample in outcomes.items()}
     else:
-        samples = {}  # perplexities and the like are not means over items
+        samples = {}  # not a mean over items
     n = len(outcomes)
+    reported = results["results"] if task.task in leaves else results.get("groups", {})
+    own = reported.get(task.task, {})
+    # A group that says no mean of its own is the mean over all its items.
+    value = float(own[chosen[0]] if chosen[0] in own else _mean(samples, task.task))
+    if not math.isfinite(value):
+        raise EvaluationError(f"lm-eval: task {task.task}: {chosen[0]} is {value}")
     variance = _variance(list(samples.values()))
     stderr = math.sqrt(variance / n) if variance is not None else None
     return Score(value, stderr, n), samples
+
+
+def _mean(samples: Mapping[str, float], task: str) -> float:
+    if not samples:
+        raise ConfigError(f"evaluation.tasks: {task}: the group has no score; name its tasks")
+    return sum(samples.values()) / len(samples)
 
 
 def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:

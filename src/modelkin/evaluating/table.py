@@ -69,7 +69,10 @@ class Table:
         """Look the scores up by the model's descent."""
         row = self._by_pedigree.get(subject.pedigree)
         if row is None:
-            raise EvaluationError(f"{self._path}: has no row for {subject.pedigree}")
+            raise EvaluationError(
+                f"{self._path}: has no row for {subject.name}: for a foundation model, its name; "
+                "for a child, a row with the same parents"
+            )
         scores: dict[str, Score] = {}
         for task in self._tasks:
             try:
