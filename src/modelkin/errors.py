@@ -59,6 +59,12 @@ class MissingExtraError(ModelkinError):
         )
 
 
+def one_line(error: BaseException) -> str:
+    """A library's error, of whatever length, as part of one of our messages."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error`, or what caused it, says that the disk is full.
 

@@ -227,11 +227,9 @@ def kinship(
 
 
 def _distinct(models: Sequence[Checkpoint]) -> Sequence[Checkpoint]:
-    """The same models; where two would share a name, the folder is the name."""
+    """The same models; where two would share a name, their position is part of it."""
     names = [model.name for model in models]
-    if len(set(names)) == len(names):
-        return models
     return [
-        replace(model, name=f"{model.folder}#{position}")
+        replace(model, name=f"{model.name} ({position})") if names.count(model.name) > 1 else model
         for position, model in enumerate(models, start=1)
     ]

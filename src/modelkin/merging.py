@@ -12,7 +12,14 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from modelkin.checkpoint import open_checkpoint, whole_folder
-from modelkin.errors import ConfigError, DiskFullError, MergeError, MissingExtraError, is_disk_full
+from modelkin.errors import (
+    ConfigError,
+    DiskFullError,
+    MergeError,
+    MissingExtraError,
+    is_disk_full,
+    one_line,
+)
 from modelkin.progress import OnProgress, tqdm_reports_to
 from modelkin.records import canonical_json
 
@@ -170,7 +177,7 @@ class Mergekit:
             try:
                 MergeOptions(**{key: value})
             except Exception as error:
-                raise ConfigError(f"merge.options.{key}: {_one_line(error)}") from error
+                raise ConfigError(f"merge.options.{key}: {one_line(error)}") from error
         self._on_progress = on_progress
         self._options = {
             "quiet": True,
@@ -191,7 +198,7 @@ class Mergekit:
         try:
             merge_methods.get(MergeConfiguration.model_validate(fill(template, paths)).merge_method)
         except Exception as error:  # mergekit raises RuntimeError from inside its validators
-            raise ConfigError(f"merge: mergekit does not accept it: {_one_line(error)}") from error
+            raise ConfigError(f"merge: mergekit does not accept it: {one_line(error)}") from error
 
     def merge(self, config: Mapping[str, Any], out: Path, *, seed: int = 0) -> None:
         """See `Merger.merge`."""
@@ -204,7 +211,7 @@ class Mergekit:
             parsed = MergeConfiguration.model_validate(dict(config))
             referenced = [str(model.model.path) for model in parsed.referenced_models()]
         except Exception as error:  # mergekit raises RuntimeError from inside its validators
-            raise MergeError(f"mergekit does not accept this recipe: {_one_line(error)}") from error
+            raise MergeError(f"mergekit does not accept this recipe: {one_line(error)}") from error
         if not referenced:
             raise MergeError("mergekit does not accept this recipe: it names no model")
 
@@ -236,11 +243,4 @@ def write_child(
         except Exception as error:
             if is_disk_full(error):
                 raise DiskFullError(f"{out}: the disk filled up while merging") from error
-            raise MergeError(
-                f"{config.get('merge_method', 'merge')}: {_one_line(error)}"
-            ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+            raise MergeError(f"{config.get('merge_method', 'merge')}: {one_line(error)}") from error

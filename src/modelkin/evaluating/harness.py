@@ -19,6 +19,7 @@ from modelkin.errors import (
     EvaluationError,
     MissingExtraError,
     is_disk_full,
+    one_line,
 )
 from modelkin.progress import OnProgress, tqdm_reports_to
 from modelkin.records import Evaluation, Score, Scorecard, Subject, content_id
@@ -151,9 +152,7 @@ class Harness:
             if is_disk_full(error):
                 raise DiskFullError(f"lm-eval: the disk is full: {error}") from error
             # Whatever a model does to the libraries below is that model's failure.
-            raise EvaluationError(
-                f"lm-eval: {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
+            raise EvaluationError(f"lm-eval: {one_line(error)}") from error
         scores: dict[str, Score] = {}
         samples: dict[str, dict[str, float]] = {}
         for task in self._settings.each_task():
@@ -217,8 +216,7 @@ class Harness:
             loaded: Mapping[str, Any] = manager.load(names)
         except Exception as error:
             raise ConfigError(
-                f"evaluation.tasks: lm-eval cannot load them: {type(error).__name__}: "
-                f"{' '.join(str(error).split())}"
+                f"evaluation.tasks: lm-eval cannot load them: {one_line(error)}"
             ) from error
         own = {
             leaf: task.num_fewshot
