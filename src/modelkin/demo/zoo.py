@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from modelkin.checkpoint import whole_folder
 from modelkin.demo.skills import LETTERS, SKILLS, Item, split
 from modelkin.errors import ConfigError
+from modelkin.progress import Bars
 
 if TYPE_CHECKING:
     import torch
@@ -135,8 +136,8 @@ def build_zoo(
             # An expert starts from the base as saved, rounded to bfloat16: whether the base was
             # made in this build or an earlier one then makes no difference.
             model = _new_model(recipe, seed) if path == zoo.base else _load(zoo.base)
-            advance = _bar(progress, f"training {path.name}", stage.steps)
-            with _one_thread():
+            bar = Bars(progress).steps(f"training {path.name}", stage.steps)
+            with bar as advance, _one_thread():
                 _train(model, stage, train, random.Random(f"{path.name}/{seed}"), advance)
             _save(model, path)
     return zoo
@@ -300,14 +301,6 @@ def _encode(
         tokens[i, : len(row)] = torch.tensor(row)
         labels[i, answer] = tokens[i, answer]
     return tokens, labels
-
-
-def _bar(progress: Progress | None, description: str, steps: int) -> Callable[[], None]:
-    """What to call after every step."""
-    if progress is None:
-        return lambda: None
-    task = progress.add_task(description, total=steps)
-    return lambda: progress.advance(task)
 
 
 @contextmanager
