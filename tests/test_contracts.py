@@ -304,12 +304,12 @@ class TestHarness(EvaluatorContract):
         (moved / file).write_text((moved / file).read_text(encoding="utf-8") + "\n")
         assert Harness(asking(moved), folder=tmp_path).protocol != harness.protocol
 
-    def test_an_unknown_metric_is_named(self, tasks: Path, subject: Subject) -> None:
+    def test_an_unknown_metric_is_named(self, tasks: Path) -> None:
         """A metric that the task does not report is named with those that it does."""
         wanted = TaskSettings(task="pick", metric="charm")
         evaluator = Harness(asking(tasks, tasks=[wanted]), folder=tasks)
         with pytest.raises(ConfigError, match="expected the metric charm, found acc"):
-            evaluator.evaluate(subject)
+            evaluator.load_tasks()
 
     def test_a_group_without_an_aggregate_is_the_mean_of_its_items(
         self, tasks: Path, subject: Subject
@@ -322,16 +322,14 @@ class TestHarness(EvaluatorContract):
         assert sorted(found.samples["both"].values()) == sorted(items)
         assert found.scorecard.average == pytest.approx(sum(items) / len(items))
 
-    def test_a_metric_of_which_less_is_better_is_refused(
-        self, tasks: Path, subject: Subject
-    ) -> None:
+    def test_a_metric_of_which_less_is_better_is_refused(self, tasks: Path) -> None:
         """Breeding takes the highest score, so a metric like perplexity is not taken for one."""
         path = tasks / f"{TASKS[0]}.yaml"
         path.write_text(
             path.read_text().replace("higher_is_better: true", "higher_is_better: false")
         )
         with pytest.raises(ConfigError, match="expected a metric of which more is better"):
-            Harness(asking(tasks, tasks=[TASKS[0]]), folder=tasks).evaluate(subject)
+            Harness(asking(tasks, tasks=[TASKS[0]]), folder=tasks).load_tasks()
 
     def test_a_tag_is_refused_before_any_work(self, tasks: Path) -> None:
         """A tag stands for several tasks and has no score; the error names them."""

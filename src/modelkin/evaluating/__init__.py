@@ -40,6 +40,7 @@ class Evaluator(Protocol):
 
         Raises:
             EvaluationError: it gave no scores.
+            ConfigError: what is asked cannot be asked of any model.
         """
         ...
 

@@ -218,11 +218,11 @@ class Harness:
             raise ConfigError(
                 f"evaluation.tasks: lm-eval cannot load them: {one_line(error)}"
             ) from error
-        own = {
-            leaf: task.num_fewshot
-            for task in self._settings.each_task()
-            for leaf in _leaves(task.task, loaded.get("group_map", {}))
-        }
+        own: dict[str, int | None] = {}
+        for asked in self._settings.each_task():
+            for leaf in _leaves(asked.task, loaded.get("group_map", {})):
+                _check_metric(asked, loaded["tasks"][leaf].higher_is_better())
+                own[leaf] = asked.num_fewshot
         for name, task in loaded["tasks"].items():
             default = task.get_config("num_fewshot")
             # As in the harness: a task that says 0 is not to be given examples, unless the run
@@ -233,6 +233,27 @@ class Harness:
             task.set_config(key="num_fewshot", value=fewshot)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return loaded
+
+
+def _check_metric(task: TaskSettings, higher_is_better: Mapping[str, bool]) -> None:
+    """Refuse a metric that the task does not have, or of which less is better.
+
+    Raises:
+        ConfigError: breeding takes the highest score, so neither can be the score.
+    """
+    if not higher_is_better:
+        return  # a task written in Python need not say
+    metric = (task.metric or next(iter(higher_is_better))).partition(",")[0]
+    if metric not in higher_is_better:
+        raise ConfigError(
+            f"evaluation.tasks: {task.task}: expected the metric {metric}, "
+            f"found {', '.join(higher_is_better)}"
+        )
+    if higher_is_better[metric] is False:
+        raise ConfigError(
+            f"evaluation.tasks: {task.task}: expected a metric of which more is better, "
+            f"found {metric}; name another with 'metric'"
+        )
 
 
 def _make_data_absolute(index: Mapping[str, Any]) -> None:
@@ -276,11 +297,9 @@ def _read(task: TaskSettings, results: Mapping[str, Any]) -> tuple[Score, dict[s
             f"found {', '.join(metrics) or 'none'}"
         )
     metric, _, answer_filter = chosen[0].partition(",")
-    if results["higher_is_better"].get(leaves[0], {}).get(metric) is False:
-        raise ConfigError(
-            f"evaluation.tasks: {task.task}: expected a metric of which more is better, "
-            f"found {metric}; name another with 'metric'"
-        )
+    # The first one reported need not be the first one declared.
+    reported_metric = TaskSettings(task=task.task, metric=metric)
+    _check_metric(reported_metric, results["higher_is_better"].get(leaves[0], {}))
     outcomes = {
         (str(sample["doc_id"]) if len(leaves) == 1 else f"{leaf}/{sample['doc_id']}"): sample
         for leaf in leaves
