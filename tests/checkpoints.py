@@ -18,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Dtype = Literal["F32", "BF16", "F16", "F64"]
+Dtype = Literal["F32", "BF16", "F16", "F64", "F8_E4M3", "F8_E5M2"]
 DTYPES: tuple[Dtype, ...] = ("F32", "BF16", "F16", "F64")
+ALL_DTYPES: tuple[Dtype, ...] = (*DTYPES, "F8_E4M3", "F8_E5M2")
 Array = NDArray[np.float64]
 
 MINIMAL_CONFIG: Mapping[str, Any] = {
@@ -163,6 +164,8 @@ def encoded(values: NDArray[Any], dtype: Dtype) -> bytes:
     """The bytes of `values` as stored, little-endian, rounded to nearest even."""
     if dtype == "BF16":
         return _bfloat16_bits(values).astype("<u2").tobytes()
+    if dtype in FLOAT8:
+        return _float8_bits(values, FLOAT8[dtype]).tobytes()
     kinds: Mapping[str, str] = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
     return values.astype(kinds[dtype]).tobytes()
 
@@ -172,8 +175,54 @@ def stored(values: NDArray[Any], dtype: Dtype) -> Array:
     if dtype == "BF16":
         bits = _bfloat16_bits(values).astype(np.uint32) << 16
         return bits.view(np.float32).astype(np.float64)
+    if dtype in FLOAT8:
+        return np.array(FLOAT8[dtype])[_float8_bits(values, FLOAT8[dtype])]
     kinds = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
     return values.astype(kinds[dtype]).astype(np.float64)
+
+
+def _float8_values(exponent_bits: int, *, infinities: bool) -> list[float]:
+    """What each byte means: sign, exponent, mantissa.
+
+    With `infinities` the highest exponent is kept for them and for NaN, as in IEEE 754; without,
+    only its highest mantissa is NaN.
+    """
+    mantissa_bits = 7 - exponent_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    found: list[float] = []
+    for byte in range(256):
+        digits = f"{byte:08b}"
+        exponent = int(digits[1 : 1 + exponent_bits], 2)
+        fraction = int(digits[1 + exponent_bits :], 2) / 2**mantissa_bits
+        highest = exponent == 2**exponent_bits - 1
+        if highest and infinities:
+            size = float("nan") if fraction else float("inf")
+        elif highest and "0" not in digits[1:]:
+            size = float("nan")
+        elif exponent:
+            size = (1 + fraction) * 2.0 ** (exponent - bias)
+        else:
+            size = fraction * 2.0 ** (1 - bias)
+        found.append(-size if digits[0] == "1" else size)
+    return found
+
+
+# dtype -> the number that each byte stands for
+FLOAT8: Mapping[str, list[float]] = {
+    "F8_E4M3": _float8_values(4, infinities=False),
+    "F8_E5M2": _float8_values(5, infinities=True),
+}
+
+
+def _float8_bits(values: NDArray[Any], table: Sequence[float]) -> NDArray[np.uint8]:
+    """The byte of the nearest finite number; of two as near, the even one."""
+    finite = [byte for byte in range(256) if np.isfinite(table[byte])]
+    # Sorted so that the first of the nearest is the even byte; that of 0 is 0 and not 128.
+    order = np.array(sorted(finite, key=lambda byte: (byte % 2, byte)), np.uint8)
+    numbers = np.array(table)[order]
+    nearest = np.abs(np.asarray(values, np.float64)[..., None] - numbers).argmin(axis=-1)
+    found: NDArray[np.uint8] = order[nearest]
+    return found
 
 
 def _bfloat16_bits(values: NDArray[Any]) -> NDArray[np.uint32]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import (
-    DTYPES,
+    ALL_DTYPES,
     EMBEDDING,
+    FLOAT8,
     HEAD,
     Dtype,
     llama_config,
@@ -27,6 +32,7 @@ from checkpoints import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import modelkin.checkpoint
 from modelkin.checkpoint import (
     INDEX_FILE,
     MAX_HEADER_BYTES,
@@ -70,18 +76,20 @@ def _header(**tensors: Any) -> bytes:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_every_element_is_found(dtype: Dtype, shards: int, tmp_path: Path) -> None:
     """Names, shapes, dtypes and elements are those that were written, in one file or several."""
     tensors = llama_like(np.random.default_rng(0))
     found = open_checkpoint(write_checkpoint(tmp_path / "m", tensors, dtype=dtype, shards=shards))
     assert list(found.tensors) == sorted(tensors)
     for name, ref in found.tensors.items():
-        assert (ref.dtype, ref.shape) == (dtype, tensors[name].shape)
-        values = as_float64(ref.map(), ref.dtype).reshape(ref.shape)
+        assert (ref.dtype, ref.format, ref.shape) == (dtype, dtype, tensors[name].shape)
+        values = as_float64(ref.read(0, ref.count), ref.format).reshape(ref.shape)
         np.testing.assert_array_equal(values, stored(tensors[name], dtype))
     assert found.parameters == sum(values.size for values in tensors.values())
-    assert len({ref.file for ref in found.tensors.values()}) == shards
+    beside = {"config.json", INDEX_FILE} if shards > 1 else {"config.json"}
+    assert beside < {file.name for file in found.files}
+    assert len(found.files) == shards + len(beside)
 
 
 def test_the_safetensors_package_reads_what_the_tests_write(tmp_path: Path) -> None:
@@ -105,6 +113,120 @@ def test_bfloat16_bits_are_widened_exactly(bits: int) -> None:
     found = as_float64(np.array([bits], "<u2"), "BF16")
     expected = np.frombuffer(bytes(2) + bits.to_bytes(2, "little"), "<f4")
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_every_byte_of_an_8_bit_float_is_widened_exactly(dtype: str) -> None:
+    """E4M3 has no infinities and two NaN; E5M2 is as IEEE 754 would have it."""
+    found = as_float64(np.arange(256, dtype="u1"), dtype)
+    np.testing.assert_array_equal(found, FLOAT8[dtype])
+    np.testing.assert_array_equal(np.signbit(found[128:-1]), True)
+    special = [np.isnan(found).sum(), np.isinf(found).sum(), found[np.isfinite(found)].max()]
+    assert special == ([2, 0, 448] if dtype == "F8_E4M3" else [6, 2, 57344])
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_torch_means_the_same_by_an_8_bit_float(dtype: str) -> None:
+    """Each byte is the number that torch takes it for."""
+    torch = pytest.importorskip("torch")
+
+    kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
+    expected = torch.arange(256, dtype=torch.uint8).view(kind).double().numpy()
+    np.testing.assert_array_equal(as_float64(np.arange(256, dtype="u1"), dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@given(st.integers(-3, 30), st.integers(-3, 30))
+@settings(max_examples=30, deadline=None)
+def test_a_slice_is_a_part_of_the_whole(dtype: Dtype, start: int, stop: int) -> None:
+    """Slices are views of the file, at any byte, and never leave their tensor."""
+    with tempfile.TemporaryDirectory() as name:
+        # One byte before: what follows is not aligned.
+        tensors = {"a": np.zeros(1), "b": np.arange(24.0).reshape(4, 6)}
+        kinds: dict[str, Dtype] = {"a": "F8_E5M2", "b": dtype}
+        folder = write_checkpoint(Path(name) / "m", tensors, dtype=kinds)
+        tensor = open_checkpoint(folder).tensors["b"]
+        found = tensor.read(start, stop)
+        assert found.dtype == modelkin.checkpoint.DTYPES[tensor.format]
+        assert not found.flags.writeable or found.size == 0
+        expected = stored(tensors["b"], dtype).ravel()[max(start, 0) : max(stop, 0)]
+        np.testing.assert_array_equal(as_float64(found, dtype), expected)
+
+
+def test_a_file_is_mapped_once_by_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors of a file share one mapping, made at the first read."""
+    maps: list[int] = []
+    original = mmap.mmap
+
+    def counted(descriptor: int, length: int, access: int) -> mmap.mmap:
+        maps.append(length)
+        return original(descriptor, length, access=access)
+
+    tensors = llama_like(np.random.default_rng(3))
+    model = open_checkpoint(write_checkpoint(tmp_path / "m", tensors))
+    monkeypatch.setattr(mmap, "mmap", counted)
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda tensor: tensor.read(0, tensor.count), model.tensors.values()))
+    assert len(maps) == 1
+    for values, name in zip(read, model.tensors, strict=True):
+        np.testing.assert_array_equal(values, tensors[name].astype("f4").ravel())
+
+
+def test_what_was_read_stays_valid_after_a_release(tmp_path: Path) -> None:
+    """Released pages are read again, by old views and by new ones."""
+    model = open_checkpoint(write_checkpoint(tmp_path / "m", TENSORS))
+    model.release()  # nothing is mapped yet
+    view = model.tensors["a"].read(1, 5)
+    model.release()
+    np.testing.assert_array_equal(view, [1, 2, 3, 4])
+    np.testing.assert_array_equal(model.tensors["a"].read(0, 6), np.arange(6))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_a_release_frees_memory(tmp_path: Path) -> None:
+    """After a release, no page of the file is resident."""
+    folder = write_checkpoint(tmp_path / "m", {"a": np.ones(1 << 20)})
+    model = open_checkpoint(folder)
+
+    def resident() -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        for line in lines:
+            if line.endswith(str(folder / SINGLE_FILE)):
+                return next(int(one.split()[1]) for one in lines if one.startswith("Rss"))
+        return 0
+
+    assert model.tensors["a"].read(0, 1 << 20).sum() == 1 << 20
+    assert resident() >= 4096
+    model.release()
+    assert resident() == 0
+
+
+def test_a_file_that_shrank_is_named(tmp_path: Path) -> None:
+    """A file that became smaller after it was opened is no crash, if it was not mapped yet."""
+    model = open_checkpoint(write_checkpoint(tmp_path / "m", TENSORS))
+    os.truncate(model.folder / SINGLE_FILE, 40)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: has shrunk .* found 40"):
+        model.tensors["a"].read(0, 1)
+
+
+def test_a_file_that_went_is_named(tmp_path: Path) -> None:
+    """A file that cannot be opened any more is named, with the reason."""
+    model = open_checkpoint(write_checkpoint(tmp_path / "m", TENSORS))
+    (model.folder / SINGLE_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: No such file"):
+        model.tensors["a"].read(0, 1)
+
+
+def test_opening_needs_no_heavy_package() -> None:
+    """Neither torch nor gguf nor the Hub's client is imported with the module."""
+    heavy = (
+        "{'torch', 'gguf', 'huggingface_hub', 'pydantic', 'transformers', 'peft', 'safetensors'}"
+    )
+    code = f"import sys, modelkin.checkpoint; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_a_checkpoint_is_named_after_its_folder(tmp_path: Path) -> None:
@@ -172,7 +294,18 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["", "a b", "one/two/three", "./here", "~/nowhere-at-all", "org/"]
+    "source",
+    [
+        "",
+        "a b",
+        "one/two/three",
+        "./here",
+        "~/nowhere-at-all",
+        "org/",
+        "x" * 5000,
+        "a\0b",
+        "~nobody/x",
+    ],
 )
 def test_a_name_that_is_no_hub_id_is_refused(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -185,7 +318,7 @@ def test_a_name_that_is_no_hub_id_is_refused(
 def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
     """A weight file in place of the folder it is in is refused."""
     folder = write_checkpoint(tmp_path / "m", TENSORS)
-    _refusal(folder / SINGLE_FILE, folder / SINGLE_FILE, "expected a model folder, found a file")
+    _refusal(folder / SINGLE_FILE, folder / SINGLE_FILE, "found another file")
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
@@ -231,7 +364,7 @@ def test_pickled_weights_are_refused_with_a_hint(suffix: str, tmp_path: Path) ->
     """Pickled weights can run code: they are refused, not loaded, with a way out."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / f"pytorch_model.{suffix}").write_bytes(pickle.dumps(_Trap(tmp_path / "sprung")))
-    _refusal(tmp_path, tmp_path, "pickled", "save_pretrained")
+    _refusal(tmp_path, tmp_path, "pickled", "save_pretrained", "--allow-pickle")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -278,7 +411,7 @@ _JSON = st.recursive(
 _SIZE = st.integers(-2, 40) | st.integers() | _JSON
 _ENTRY = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from([*DTYPES, "I8"]) | _JSON,
+        "dtype": st.sampled_from([*ALL_DTYPES, "I8"]) | _JSON,
         "shape": st.lists(_SIZE, max_size=3) | _JSON,
         "data_offsets": st.lists(_SIZE, min_size=2, max_size=2) | _JSON,
     }
@@ -299,8 +432,7 @@ def _opens_or_refuses(content: bytes) -> None:
             assert "\n" not in message
             return
         for ref in found.tensors.values():
-            assert ref.offset + ref.bytes <= len(content)
-            assert ref.map().size == ref.count
+            assert ref.read(0, ref.count).nbytes == ref.bytes <= len(content)
 
 
 @given(st.binary(max_size=64))
@@ -373,12 +505,12 @@ def test_a_shape_that_does_not_fit_is_named(shape: list[int], tmp_path: Path) ->
     _refusal(file.parent, file, "'w'", shape, f"needs {4 * int(np.prod(shape))} bytes", "16")
 
 
-@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "BOOL", "bf16", ""])
+@pytest.mark.parametrize("dtype", ["I8", "F8_E8M0", "F4", "U8", "BOOL", "bf16", ""])
 def test_an_unknown_dtype_is_named(dtype: str, tmp_path: Path) -> None:
-    """A dtype that is no float of 16 bits or more is refused with those that are expected."""
+    """A dtype that is none of the floats that are read is refused with those that are."""
     header = _header(w={"dtype": dtype, "shape": [4], "data_offsets": [0, 4]})
     file = _with_weights(tmp_path / "m", with_header(header, bytes(4)))
-    _refusal(file.parent, file, "'w'", "BF16, F16, F32, F64", f"found {dtype!r}")
+    _refusal(file.parent, file, "'w'", "BF16, F16, F32, F64, F8_E4M3, F8_E5M2", f"found {dtype!r}")
 
 
 def test_a_tensor_without_its_entries_is_named(tmp_path: Path) -> None:
@@ -386,6 +518,59 @@ def test_a_tensor_without_its_entries_is_named(tmp_path: Path) -> None:
     header = _header(w={"dtype": "F32", "data_offsets": [0, 4]})
     file = _with_weights(tmp_path / "m", with_header(header, bytes(4)))
     _refusal(file.parent, file, "'w'", "shape", "{'dtype': 'F32', 'data_offsets': [0, 4]}")
+
+
+def _one(begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("ranges", [[(0, 8), (4, 12)], [(4, 12), (0, 8)], [(0, 12), (4, 8)]])
+def test_tensors_that_overlap_are_named(ranges: list[tuple[int, int]], tmp_path: Path) -> None:
+    """Two tensors that share bytes are refused with both names."""
+    header = _header(first=_one(*ranges[0]), second=_one(*ranges[1]))
+    file = _with_weights(tmp_path / "m", with_header(header, bytes(12)))
+    _refusal(file.parent, file, "'first'", "'second'", "share no bytes")
+
+
+def test_holes_and_empty_tensors_are_accepted(tmp_path: Path) -> None:
+    """Bytes that are no tensor's, and tensors of no bytes amid others, are no overlap."""
+    header = _header(a=_one(0, 8), b=_one(12, 16), empty=_one(4, 4), also=_one(4, 4))
+    file = _with_weights(tmp_path / "m", with_header(header, bytes(16)))
+    found = open_checkpoint(file.parent)
+    assert {name: tensor.count for name, tensor in found.tensors.items()} == {
+        "a": 2,
+        "b": 1,
+        "empty": 0,
+        "also": 0,
+    }
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    """A header or an index with two entries of one name is refused: readers would differ."""
+    entry = json.dumps(_one(0, 4))
+    file = _with_weights(tmp_path / "m", with_header(f'{{"w": {entry}, "w": {entry}}}'.encode()))
+    _refusal(file.parent, file, "header", "'w' twice")
+    index = _with_index(tmp_path / "sharded", {})
+    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors", "a": "x"}}')
+    _refusal(index.parent, index, "'a' twice")
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE_FILE])
+def test_a_file_that_cannot_be_read_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the system refuses to open is refused with its name and the reason."""
+    folder = write_checkpoint(tmp_path / "m", TENSORS)
+    original = Path.open
+
+    def refused(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return original(self, *arguments, **options)
+
+    # Not by its mode: the tests may run as a user who can read everything.
+    monkeypatch.setattr(Path, "open", refused)
+    _refusal(folder, folder / name, "cannot be read: Permission denied")
 
 
 def test_a_corrupt_header_is_named(tmp_path: Path) -> None:
@@ -410,13 +595,15 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     _refusal(index.parent, index, "gone", "missing")
 
 
-@pytest.mark.parametrize("shard", ["../x.safetensors", "sub/x.safetensors", "", ".", "..", 3, None])
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "sub/x.safetensors", "", ".", "..", 3, None, "x" * 300, "a\0"]
+)
 def test_a_shard_elsewhere_is_refused(shard: Any, tmp_path: Path) -> None:
     """A shard outside the model's folder is refused, though there is one."""
     index = _with_index(tmp_path / "m", {"a": shard})
     whole = write_checkpoint(tmp_path / "whole", TENSORS) / SINGLE_FILE
     (tmp_path / "x.safetensors").write_bytes(whole.read_bytes())
-    _refusal(index.parent, index, "'a'", repr(shard))
+    _refusal(index.parent, index, "'a'", repr(shard)[:200])
 
 
 def test_a_shard_at_an_absolute_path_is_refused(tmp_path: Path) -> None:

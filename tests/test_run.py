@@ -36,7 +36,7 @@ ITEMS = 8
 def read(folder: Path) -> dict[str, Array]:
     """All tensors of a checkpoint, in float64."""
     return {
-        name: as_float64(tensor.map(), tensor.dtype).reshape(tensor.shape)
+        name: as_float64(tensor.read(0, tensor.count), tensor.format).reshape(tensor.shape)
         for name, tensor in open_checkpoint(folder).tensors.items()
     }
 
