@@ -10,7 +10,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "modelkin needs Python 3.11 or newer; name one with make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[evolve,dev]'
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[evolve,plot,gguf,dev]'
 	touch $@
 
 demo: $(INSTALLED)

@@ -28,11 +28,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modelkin as mk
-from modelkin import measuring
 from modelkin.checkpoint import Checkpoint, open_checkpoint
 from modelkin.errors import CheckpointError, ConfigError, IncomparableError
 from modelkin.gram import GramStats
-from modelkin.measuring import compare, measure
+from modelkin.gram.kernel import BLOCK
+from modelkin.measuring import compare, measure, streaming
 from modelkin.similarity import kinship_from
 
 Tensors = Mapping[str, Array]
@@ -153,7 +153,7 @@ def test_dtypes_may_differ_within_one_file(tmp_path: Path) -> None:
 def test_more_elements_than_a_block(tmp_path: Path) -> None:
     """A tensor of several blocks and a bit is summed whole."""
     rng = np.random.default_rng(4)
-    base = {"w": rng.standard_normal(2 * measuring.BLOCK + 7)}
+    base = {"w": rng.standard_normal(2 * BLOCK + 7)}
     tuned = [perturbed(base, rng) for _ in range(3)]
     folder, *others = _write(tmp_path, base, tuned, dtype="F64")
     _assert_equals_oracle(mk.kinship(folder, others), base, tuned)
@@ -286,14 +286,27 @@ def test_the_order_of_models_permutes_the_matrices(
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=seeds, dtype=dtypes, block=st.integers(1, 200))
-def test_the_block_size_does_not_matter(seed: int, dtype: Dtype, block: int) -> None:
-    """Blocks of any size give the same statistics, up to the rounding of float64 sums."""
-    with _Written(seed, 3, dtype) as (base, models):
-        usual = _measured(base, models)
+@given(
+    seed=seeds,
+    dtype=dtypes,
+    size=st.integers(1, 6 * BLOCK),
+    slice_bytes=st.integers(1, 8 * BLOCK * 4),
+    resident_bytes=st.integers(1, 40_000),
+)
+def test_the_size_of_a_slice_does_not_matter(
+    seed: int, dtype: Dtype, size: int, slice_bytes: int, resident_bytes: int
+) -> None:
+    """Slices of any size give the same statistics, up to the rounding of float64 sums."""
+    rng = np.random.default_rng(seed)
+    base = {"w": rng.standard_normal(size), "norm": rng.standard_normal(8)}
+    tuned = [perturbed(base, rng) for _ in range(3)]
+    with tempfile.TemporaryDirectory() as name:
+        folder, *others = _write(Path(name), base, tuned, dtype=dtype)
+        usual = _measured(folder, others)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(measuring, "BLOCK", block)
-            small = _measured(base, models)
+            patch.setattr(streaming, "SLICE_BYTES", slice_bytes)
+            patch.setattr(streaming, "RESIDENT_BYTES", resident_bytes)
+            small = _measured(folder, others)
     _assert_same_sums(small, usual)
 
 
@@ -499,16 +512,42 @@ def _enlarged(tensors: Tensors, rows: int) -> dict[str, Array]:
 
 
 def test_a_tensor_of_another_shape_is_left_out(tmp_path: Path) -> None:
-    """Added tokens leave the embedding out of the comparison, and the coverage says so."""
-    base, tuned = _family(19, 2, tied=True, vocab=8)
-    folder, *others = _write(tmp_path, base, [tuned[0], _enlarged(tuned[1], 3)], dtype="F64")
+    """A tensor of another shape is left out of the comparison, and the coverage says so."""
+    name = "model.layers.0.self_attn.k_proj.weight"
+    base, tuned = _family(19, 2)
+    wider = {**tuned[1], name: np.ones((5, 8))}
+    folder, *others = _write(tmp_path, base, [tuned[0], wider], dtype="F64")
     found = mk.kinship(folder, others)
-    assert found.left_out == (EMBEDDING,)
+    assert found.left_out == (name,)
     total = sum(values.size for values in base.values())
     assert found.total_parameters == total
-    assert found.coverage == pytest.approx(1 - base[EMBEDDING].size / total)
+    assert found.coverage == pytest.approx(1 - base[name].size / total)
     assert 0.9 < found.coverage < 1
-    _assert_equals_oracle(found, base, tuned, [name for name in base if name != EMBEDDING])
+    _assert_equals_oracle(found, base, tuned, [other for other in base if other != name])
+
+
+def test_added_tokens_are_left_out(tmp_path: Path) -> None:
+    """Of an embedding and head with added tokens, the rows that all models have are compared."""
+    base, tuned = _family(19, 2, vocab=8)
+    folder, *others = _write(tmp_path, base, [tuned[0], _enlarged(tuned[1], 3)], dtype="F64")
+    found = mk.kinship(folder, others)
+    assert found.left_out == ()
+    assert found.total_parameters == sum(values.size for values in base.values())
+    assert found.coverage == 1.0
+    _assert_equals_oracle(found, base, tuned)
+
+
+def test_tokens_that_a_model_lacks_cost_coverage(tmp_path: Path) -> None:
+    """Where a model has fewer rows than the base, those rows count as not compared."""
+    base, tuned = _family(19, 2, vocab=8)
+    fewer = {**base, **{name: base[name][:6] for name in (EMBEDDING, HEAD)}}
+    short = {**tuned[1], **{name: tuned[1][name][:6] for name in (EMBEDDING, HEAD)}}
+    folder, *others = _write(tmp_path, base, [tuned[0], short], dtype="F64")
+    found = mk.kinship(folder, others)
+    assert found.left_out == ()
+    assert found.total_parameters - found.compared_parameters == 2 * 2 * 8
+    common = {**tuned[0], **{name: tuned[0][name][:6] for name in (EMBEDDING, HEAD)}}
+    _assert_equals_oracle(found, fewer, [common, short])
 
 
 def test_a_tensor_that_the_base_lacks_is_left_out(tmp_path: Path) -> None:
@@ -523,16 +562,26 @@ def test_a_tensor_that_the_base_lacks_is_left_out(tmp_path: Path) -> None:
 
 
 def test_too_little_in_common_is_refused(tmp_path: Path) -> None:
-    """Where other vocabularies leave less than 0.9 of the base, the error names the tensor."""
+    """Where missing tokens leave less than 0.9 of the base, the error names the tensor."""
     base, tuned = _family(21, 2, vocab=64)
-    folder, *others = _write(tmp_path, base, [tuned[0], _enlarged(tuned[1], 1)])
+    short = {**tuned[1], **{name: tuned[1][name][:20] for name in (EMBEDDING, HEAD)}}
+    folder, *others = _write(tmp_path, base, [tuned[0], short])
     with pytest.raises(IncomparableError) as caught:
         mk.kinship(folder, others)
     message = str(caught.value)
     assert HEAD in message
-    assert "m1 [65, 8]" in message
+    assert "base [64, 8], m0 [64, 8], m1 [20, 8]" in message
     assert "90%" in message
     assert "\n" not in message
+
+
+def test_other_shapes_that_leave_too_little_are_refused(tmp_path: Path) -> None:
+    """Embeddings of another width have no rows in common: they are left out, however large."""
+    base, tuned = _family(21, 2, vocab=64)
+    wider = {name: np.ones((64, 16)) for name in (EMBEDDING, HEAD)}
+    folder, *others = _write(tmp_path, base, [tuned[0], {**tuned[1], **wider}])
+    with pytest.raises(IncomparableError, match=r"90%.*m1 \[64, 16\]"):
+        mk.kinship(folder, others)
 
 
 @pytest.mark.parametrize(("kept", "comparable"), [(90, True), (89, False)])
@@ -610,7 +659,7 @@ _NAMES = ("base", "m0", "m1")
 
 def test_a_nan_far_into_a_tensor_is_found(tmp_path: Path) -> None:
     """The element is counted from the start of the tensor, not of the block."""
-    size = measuring.BLOCK + 10
+    size = streaming.SMALL + 10
     base = {"w": np.zeros(size)}
     bad = {"w": np.ones(size)}
     bad["w"][size - 2] = np.nan
@@ -649,4 +698,38 @@ def test_measuring_reads_only_what_it_was_given(tmp_path: Path) -> None:
     stats = measure(open_checkpoint(folder), opened)
     assert stats.models == ("renamed 0", "renamed 1")
     found = kinship_from(stats, base="b", total_parameters=int(stats.count_T.sum()))
+    _assert_equals_oracle(found, base, tuned)
+
+
+# Of the same family?
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-3, 5e-3])
+def test_descendants_are_no_strangers(scale: float, tmp_path: Path) -> None:
+    """Models whose weights moved by a part of their size are taken for the base's descendants."""
+    rng = np.random.default_rng(30)
+    base = llama_like(rng, hidden=16, intermediate=32, vocab=64)
+    tuned = [perturbed(base, rng, scale=scale) for _ in range(2)]
+    folder, *others = _write(tmp_path, base, tuned)
+    assert mk.kinship(folder, others).strangers == ()
+
+
+def test_a_model_of_another_base_is_a_stranger(tmp_path: Path) -> None:
+    """A model trained from scratch is named, although its norms are like the base's."""
+    rng = np.random.default_rng(31)
+    base, other = (llama_like(rng, hidden=16, intermediate=32, vocab=64) for _ in range(2))
+    tuned = perturbed(base, rng, scale=1e-3)
+    folder, *others = _write(tmp_path, base, [tuned, perturbed(other, rng, scale=1e-3)])
+    found = mk.kinship(folder, others)
+    assert found.strangers == ("m1",)
+    assert found.as_dict()["strangers"] == ["m1"]
+
+
+def test_added_tokens_are_counted(tmp_path: Path) -> None:
+    """Rows of the vocabulary that not all models have are left out and counted."""
+    base, tuned = _family(32, 2)
+    folder, *others = _write(tmp_path, base, [tuned[0], _enlarged(tuned[1], 3)], dtype="F64")
+    found = mk.kinship(folder, others)
+    assert found.rows_left_out == {EMBEDDING: 3, HEAD: 3}
+    assert found.coverage == 1.0
     _assert_equals_oracle(found, base, tuned)

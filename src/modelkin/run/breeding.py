@@ -113,6 +113,7 @@ class Breeding:
                     replace(checkpoint, name=model)
                     for model, checkpoint in zip(ids, foundations, strict=True)
                 ],
+                cache=True,
                 progress=self._bars.progress,
             )
             self._record(Started(settings, _environment(), evaluations), *founded)
@@ -286,6 +287,7 @@ class Breeding:
                 self._base,
                 [self._open(member) for member in (*old, *new)],
                 known=self._known,
+                cache=True,
                 progress=self._bars.progress,
             )
         except CheckpointError:
