@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,12 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import DTYPES, llama_config, llama_like, perturbed, write_checkpoint
-from typer.testing import CliRunner, Result
+from click.testing import CliRunner, Result
 
 import modelkin as mk
 from modelkin.cli import app
+from modelkin.tensor_names import Level
 
 HEAVY = ("torch", "transformers", "mergekit", "lm_eval", "ray")
+# What would cost `kinship` more than its work, and is for other commands.
+SLOW = (
+    *("pydantic", "yaml", "huggingface_hub", "numba", "scipy", "plotly", "matplotlib"),
+    *("importlib.metadata", "asyncio", "http", "typer"),
+)
+KINSHIP = ["kinship", "a", "b", "--base", "base"]
 RUN = """\
 base: base
 models: [a, b]
@@ -35,6 +44,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_checkpoint(tmp_path / name, perturbed(base, rng), dtype="BF16", shards=2)
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODELKIN_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -78,6 +88,9 @@ def test_kinship_prints_one_json_object(models: Path) -> None:
         "models",
         "compared_parameters",
         "total_parameters",
+        "left_out",
+        "rows_left_out",
+        "strangers",
         "pcc",
         "cs",
         "ed",
@@ -134,6 +147,174 @@ def test_a_model_with_other_tensors_is_said_to_be_left_out(models: Path) -> None
     assert "left out: extra" in _call("kinship", "a", "more", "--base", "base").stdout
 
 
+def test_kinship_per_level(models: Path) -> None:
+    """`--per` prints a row for each group, and adds the groups to what is written."""
+    shown = _call(*KINSHIP, "--per", "layer")
+    assert shown.exit_code == 0
+    for name in ("embeddings", "0", "1", "norm", "head", "whole model"):
+        assert f"│ {name} " in shown.stdout
+    said = json.loads(_call(*KINSHIP, "--per", "layer", "--json", "-").stdout)
+    assert said == mk.kinship("base", ["a", "b"]).as_dict("layer")
+    assert [one["name"] for one in said["groups"]][:2] == ["embeddings", "0"]
+
+
+@pytest.mark.parametrize("level", ["model", "layer", "module", "tensor"])
+def test_kinship_writes_csv(level: Level, models: Path) -> None:
+    """`--csv` writes a line for each pair and group, which any reader of CSV gets back exactly."""
+    (models / "a").rename(models / 'a, "A"')
+    words = ["kinship", 'a, "A"', "b", "base", "--base", "base", "--per", level]
+    assert _call(*words, "--csv", "out.csv").stdout == ""
+    text = (models / "out.csv").read_text(encoding="utf-8")
+    assert text == _call(*words, "--csv", "-").stdout
+    head, *rows = csv.reader(text.splitlines())
+    assert head == ["level", "group", "model_1", "model_2", "parameters", "pcc", "cs", "ed"]
+    expected = list(mk.kinship("base", ['a, "A"', "b", "base"]).rows(level))
+    assert len(rows) == len(expected)
+    for row, want in zip(rows, expected, strict=True):
+        assert row[:4] == list(want[:4])
+        assert int(row[4]) == want.parameters
+        for text, value in zip(row[5:], want[5:], strict=True):
+            assert (float(text) if text else None) == value
+    assert rows[1][5] == ""  # with the base itself
+
+
+def test_tensors_can_be_chosen(models: Path) -> None:
+    """`--include` and `--exclude` can be repeated, and narrow what is compared."""
+    said = json.loads(
+        _call(
+            *KINSHIP,
+            *("--include", "mlp", "--include", "*.norm.weight", "--exclude", "layers.1"),
+            *("--per", "tensor", "--json", "-"),
+        ).stdout
+    )
+    names = [one["name"] for one in said["groups"]]
+    assert names[-1] == "model.norm.weight"
+    assert len(names) == 4
+    assert all("layers.0.mlp." in name for name in names[:-1])
+    assert said["compared_parameters"] == said["total_parameters"] < 1448
+
+
+@pytest.mark.parametrize(("file", "start"), [("out.html", b"<!doctype"), ("out.png", b"\x89PNG")])
+def test_kinship_draws_a_plot(file: str, start: bytes, models: Path) -> None:
+    """`--plot` writes the plot, and the tables are printed too."""
+    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
+    done = _call(*KINSHIP, "--plot", file, "--metric", "cs")
+    assert done.exit_code == 0
+    assert "cs, mean" in done.stdout
+    assert "pcc" not in done.stdout
+    assert (models / file).read_bytes().lower().startswith(start.lower())
+
+
+def test_what_is_wrong_is_said_before_measuring(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plot or file that cannot be written is refused before any weight is read."""
+    monkeypatch.setattr("modelkin.measuring.kinship", None)
+    for words in (["--plot", "out.svg"], ["--csv", "none/out.csv"], ["--json", "a"]):
+        assert _call(*KINSHIP, *words).exit_code == 2
+    assert isinstance(_call(*KINSHIP).exception, TypeError)
+
+
+def test_a_written_file_is_whole(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is replaced when the new one is whole: a failure leaves the older one."""
+    file = models / "out.json"
+    file.write_text("older")
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(5, "broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(json, "dumps", fail)
+        assert _call(*KINSHIP, "--json", "out.json").exit_code == 2
+    assert file.read_text() == "older"
+    assert not [one for one in models.iterdir() if one.name.startswith(".")]
+    link = models / "link.json"
+    link.symlink_to(file)
+    assert _call(*KINSHIP, "--json", "link.json").exit_code == 0
+    assert link.is_symlink()
+    assert json.loads(file.read_text())["models"] == ["a", "b"]
+
+
+def test_a_pipe_is_written_to(models: Path) -> None:
+    """What is no plain file is written to, not replaced."""
+    pipe = models / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert _call(*KINSHIP, "--json", "pipe").exit_code == 0
+    assert json.loads(os.read(reader, 1 << 16))["models"] == ["a", "b"]
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_options_reach_the_library(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option is passed on, and what was not given is left to the library's defaults."""
+    found = mk.kinship("base", ["a", "b"])
+    calls: list[dict[str, object]] = []
+
+    def measure(*_: object, progress: object, **options: object) -> mk.Kinship:
+        calls.append(options)
+        return found
+
+    monkeypatch.setattr("modelkin.measuring.kinship", measure)
+    assert _call(*KINSHIP).exit_code == 0
+    words = "--threads 2 --min-coverage 0 --no-cache --allow-pickle --include x --exclude y"
+    assert _call(*KINSHIP, *words.split()).exit_code == 0
+    assert calls == [
+        {},
+        {
+            "include": ("x",),
+            "exclude": ("y",),
+            "threads": 2,
+            "min_coverage": 0.0,
+            "cache": False,
+            "allow_pickle": True,
+        },
+    ]
+
+
+def test_inspect_tells_what_models_are_and_share(models: Path) -> None:
+    """`inspect` reads headers only: what models are, what differs, and whether that is too much."""
+    rng = np.random.default_rng(4)
+    base = llama_like(rng)
+    other = {**base, "model.norm.weight": np.ones(3), "extra": np.ones(2)}
+    other["model.embed_tokens.weight"] = np.ones((len(base["model.embed_tokens.weight"]) + 2, 8))
+    del other["model.layers.0.mlp.up_proj.weight"]
+    write_checkpoint(models / "c", other, dtype="F32", config=llama_config(base))
+    # The weights are of no interest: they need not even be numbers.
+    file = models / "b" / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\xff\x7f\xff\x7f")
+    done = _call("inspect", "a", "b", "c", "--base", "base")
+    assert (done.exit_code, done.stderr) == (0, "")
+    for part in (
+        "base  LlamaForCausalLM, BF16, 1,448 parameters, 21 tensors",
+        "b     LlamaForCausalLM, BF16, 1,448 parameters, 21 tensors, 2.9 kB in 2 safetensors files",
+        "b: has 100.0% of the parameters of base",
+        "other shape: model.norm.weight: base [8], c [3]",
+        "left out: 2 rows of model.embed_tokens.weight",
+        "missing: model.layers.0.mlp.up_proj.weight",
+        "not in base: extra",
+    ):
+        assert part in done.stdout
+    said = json.loads(_call("inspect", "base", "b", "c", "--json", "-").stdout)
+    assert said["base"] == "base"
+    b, c = said["differences"]
+    assert (b["coverage"], b["missing"], b["extra"], b["reshaped"]) == (1.0, [], [], {})
+    assert c["extra"] == ["extra"]
+    assert said["summaries"][2]["dtypes"] == {"F32": said["summaries"][2]["parameters"]}
+
+
+def test_inspect_says_what_stands_in_the_way(models: Path) -> None:
+    """Models whose kinship cannot be measured are inspected all the same, and told why."""
+    assert "can be measured" in _call("inspect", "base", "a").stdout
+    assert "compared" not in _call("inspect", "base").stdout
+    _other_architecture(models)
+    shown = _call("inspect", "base", "a")
+    assert shown.exit_code == 0
+    assert "another architecture" in shown.stdout
+    assert "cannot be compared: " in shown.stdout
+
+
 # What goes wrong
 
 
@@ -188,15 +369,16 @@ def _latin(folder: Path) -> None:
     (folder / "run.yaml").write_bytes(b"base: caf\xe9\n")
 
 
-KINSHIP = ["kinship", "a", "b", "--base", "base"]
-
-
 @pytest.mark.parametrize(
     ("spoil", "words", "named"),
     [
         (_nothing, ["kinship", "a", "./none", "--base", "base"], ["./none", "no such folder"]),
         (_nothing, ["kinship", "a", "b", "--base", "/none"], ["/none"]),
-        (_nothing, ["kinship", "a", "a/config.json", "--base", "base"], ["found a file"]),
+        (
+            _nothing,
+            ["kinship", "a", "a/config.json", "--base", "base"],
+            ["a/config.json", "model folder"],
+        ),
         (_nothing, ["kinship", "a", "--base", "base"], ["at least 2 models, found 1"]),
         (_empty, ["kinship", "a", "empty", "--base", "base"], ["empty", "config.json"]),
         (_no_config, KINSHIP, ["/a:", "config.json"]),
@@ -205,6 +387,16 @@ KINSHIP = ["kinship", "a", "b", "--base", "base"]
         (_not_finite, KINSHIP, ["/a/model.safetensors", "model.norm.weight", "inf", "element 3"]),
         (_other_architecture, KINSHIP, ["/a:", "LlamaForCausalLM", "GPT2"]),
         (_nothing, [*KINSHIP, "--json", "none/out.json"], ["none/out.json", "No such file"]),
+        (_nothing, [*KINSHIP, "--csv", "none/out.csv"], ["none/out.csv", "No such file"]),
+        (_nothing, [*KINSHIP, "--plot", "none/out.png"], ["none/out.png", "No such file"]),
+        (_nothing, [*KINSHIP, "--json", "a"], ["a: ", "a folder"]),
+        (_nothing, [*KINSHIP, "--plot", "out.svg"], ["out.svg", ".html or .png", "found .svg"]),
+        (_nothing, [*KINSHIP, "--plot", "-"], ["-: ", ".html or .png"]),
+        (_nothing, [*KINSHIP, "--json", "-", "--csv", "-"], ["--json, --csv", "at most one"]),
+        (_nothing, [*KINSHIP, "--include", "lora"], ["include", "'lora'", "none of 21"]),
+        (_nothing, [*KINSHIP, "--exclude", "*"], ["exclude", "none of 21"]),
+        (_nothing, ["inspect", "./none"], ["./none", "no such folder"]),
+        (_nothing, ["inspect", "a", "--json", "none/o"], ["none/o", "No such file"]),
         (_nothing, ["evolve", "none.yaml"], ["none.yaml", "cannot be read"]),
         (_nothing, ["evolve", "."], ["cannot be read"]),
         (_bad_yaml, ["evolve", "run.yaml"], ["run.yaml", "not valid YAML"]),
@@ -254,7 +446,7 @@ def test_wrong_usage_is_no_traceback(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["kinship", "evaluate", "merge", "evolve", "status", "demo"], ids=str
+    "command", ["kinship", "inspect", "evaluate", "merge", "evolve", "status", "demo"], ids=str
 )
 def test_every_command_has_help(command: str) -> None:
     """Every command says what it does."""
@@ -267,26 +459,31 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_importing_modelkin_is_light() -> None:
-    """`import modelkin` loads no torch, transformers, mergekit, lm_eval or ray."""
-    code = f"import sys, modelkin; print([name for name in {HEAVY} if name in sys.modules])"
+    """`import modelkin` loads next to nothing."""
+    names = (*HEAVY, *SLOW, "numpy", "rich")
+    code = f"import sys, modelkin; print([name for name in {names} if name in sys.modules])"
     assert _python(code) == "[]\n"
 
 
-def test_measuring_kinship_is_light(models: Path) -> None:
-    """A whole `modelkin kinship`, on any dtype, loads none of the heavy packages either."""
+@pytest.mark.parametrize("options", [["--json", "out.json"], ["--per", "layer"]], ids=str)
+def test_measuring_kinship_is_light(options: list[str], models: Path) -> None:
+    """A whole `modelkin kinship`, on any dtype, loads nothing that it does not need."""
     rng = np.random.default_rng(3)
     for dtype in DTYPES:
         write_checkpoint(models / dtype, llama_like(rng), dtype=dtype)
+    words = ["kinship", *DTYPES, "--base", "base", *options]
     code = f"""
 import sys
 from modelkin.cli import app
+from modelkin.tensor_names import Level
 try:
-    app(["kinship", {", ".join(map(repr, DTYPES))}, "--base", "base", "--json", "out.json"])
+    app({words})
 except SystemExit as done:
-    print(done.code, [name for name in {HEAVY} if name in sys.modules])
+    print(done.code, [name for name in {(*HEAVY, *SLOW)} if name in sys.modules])
 """
-    assert _python(code, models) == "0 []\n"
-    assert len(json.loads((models / "out.json").read_text())["models"]) == len(DTYPES)
+    assert _python(code, models).endswith("0 []\n")
+    if "--json" in options:
+        assert len(json.loads((models / "out.json").read_text())["models"]) == len(DTYPES)
 
 
 def test_a_dry_run_is_light(models: Path) -> None:
@@ -294,6 +491,7 @@ def test_a_dry_run_is_light(models: Path) -> None:
     code = f"""
 import sys
 from modelkin.cli import app
+from modelkin.tensor_names import Level
 try:
     app(["evolve", "run.yaml", "--dry-run"])
 except SystemExit as done:
@@ -314,3 +512,6 @@ def test_what_modelkin_exports_is_pinned() -> None:
         "read_run",
     ]
     assert all(hasattr(mk, name) for name in mk.__all__)
+    assert set(mk.__all__) <= set(dir(mk))
+    with pytest.raises(AttributeError, match="'modelkin' has no attribute 'kin'"):
+        _ = mk.kin

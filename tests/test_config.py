@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from checkpoints import llama_config, llama_like, perturbed, write_checkpoint
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import modelkin as mk
 from modelkin.cli import app

@@ -5,15 +5,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from modelkin.cli import app
 from modelkin.config import load_config
 
 ROOT = Path(__file__).parent.parent
 CLI_PAGE = ROOT / "docs" / "cli.md"
-COMMANDS = ["", *sorted(get_command(app).commands)]  # type: ignore[attr-defined]
+COMMANDS = ["", *sorted(app.commands)]
 
 
 def _help(command: str) -> str:
@@ -22,7 +21,7 @@ def _help(command: str) -> str:
         app,
         arguments,
         prog_name="modelkin",
-        env={"COLUMNS": "90", "TERMINAL_WIDTH": "90", "NO_COLOR": "1", "TERM": "dumb"},
+        terminal_width=90,
     )
     assert result.exit_code == 0
     return "\n".join(line.rstrip() for line in result.output.strip("\n").splitlines())

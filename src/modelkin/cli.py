@@ -1,40 +1,30 @@
 """The command line: opens, calls the library, prints. Knows no more than that."""
 
-import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from typer.core import TyperGroup
+import click
 
 import modelkin
-from modelkin.config import load_config, load_yaml
 from modelkin.errors import ConfigError, ModelkinError
-from modelkin.measuring import kinship as measure_kinship
-from modelkin.progress import Bars
-from modelkin.records import METRICS
-from modelkin.report import failure_lines, lead_sentence, terminal_table
-from modelkin.run import Plan, Run, default_folder, plan, read_run
-from modelkin.run import evaluate as evaluate_model
-from modelkin.run import evolve as evolve_models
-from modelkin.similarity import Kinship
+from modelkin.files import check_target, write_csv, write_json
+from modelkin.records import METRICS, Metric
+from modelkin.tensor_names import LEVELS, Level
+
+# The rest is imported by the commands that need it: starting takes longer than many a command.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from modelkin.run import Plan, Run
 
 
-class _Group(TyperGroup):
+class _Group(click.Group):
     """Turns every error that modelkin raises on purpose into one line and exit status 2."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except ModelkinError as error:
@@ -43,87 +33,200 @@ class _Group(TyperGroup):
             reason = error.strerror or " ".join(str(error).split())
             named = f"{error.filename}: " if error.filename else ""
             print(f"error: {named}{reason}", file=sys.stderr)
-        raise typer.Exit(2)
+        ctx.exit(2)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        # In the order of this file, which is that of use.
+        return list(self.commands)
 
 
-app = typer.Typer(
-    cls=_Group,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Breed better language models out of existing ones, guided by their kinship.",
+# Existence is for the library to check, which names what it expected.
+PATH = click.Path(path_type=Path)
+json_option = click.option(
+    "--json", "json_file", metavar="FILE", help="Write JSON to FILE; - is the terminal."
 )
-# What is printed holds names and paths, in which brackets and colons are just that.
-console = Console(markup=False, emoji=False)
-
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file.")]
-Json = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - is the terminal."),
-]
+allow_pickle_option = click.option(
+    "--allow-pickle", is_flag=True, help="Read PyTorch files too, of authors that you trust."
+)
 
 
-def _progress() -> Progress:
+def _console() -> "Console":
+    from rich.console import Console
+
+    # What is printed holds names and paths, in which brackets and colons are just that.
+    return Console(markup=False, emoji=False)
+
+
+def _progress(*, unit: str = "steps") -> "AbstractContextManager[Progress | None]":
+    """Bars on a terminal, in `unit` "steps" or "bytes"; elsewhere none."""
     # To stderr, so that what a command prints can be piped.
-    stderr = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich import progress
+    from rich.console import Console
+
+    in_bytes = (progress.DownloadColumn(binary_units=True), progress.TransferSpeedColumn())
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        *(in_bytes if unit == "bytes" else ()),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
         transient=True,
-        # Elsewhere than on a terminal it would leave an empty line.
-        disable=not stderr.is_terminal,
     )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"modelkin {modelkin.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["--help"], "show_default": True},
+)
+@click.version_option(modelkin.__version__, prog_name="modelkin", message="%(prog)s %(version)s")
+def app() -> None:
     """Breed better language models out of existing ones, guided by their kinship."""
 
 
 @app.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--base", required=True, help="Folder or Hub id of the models' common base.")
+@click.option(
+    "--per",
+    type=click.Choice(LEVELS),
+    default="model",
+    help="Kinship of the whole models, or within each of their parts.",
+)
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only tensors like this, such as q_proj, layers.3 or '*norm*'. Can be repeated.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="No tensors like this. Can be repeated.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(METRICS),
+    help="Show this one only. A plot shows pcc unless told otherwise.",
+)
+@json_option
+@click.option(
+    "--csv",
+    "csv_file",
+    metavar="FILE",
+    help="Write a CSV table, one line a pair, to FILE; - is the terminal.",
+)
+@click.option("--plot", metavar="FILE", help="Draw a clustered heatmap to FILE, a .html or a .png.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="By default as many as there are cores."
+)
+@click.option(
+    "--min-coverage",
+    type=click.FloatRange(0, 1),
+    help="Refuse models that share less than this of the base. By default 0.9.",
+)
+@click.option("--no-cache", is_flag=True, help="Read all weights; use and keep no statistics.")
+@allow_pickle_option
 def kinship(
-    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of two or more models.")],
-    base: Annotated[str, typer.Option(help="Folder or Hub id of their common base.")],
-    json_file: Json = None,
+    models: tuple[str, ...],
+    base: str,
+    per: Level,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    metric: Metric | None,
+    json_file: str | None,
+    csv_file: str | None,
+    plot: str | None,
+    threads: int | None,
+    min_coverage: float | None,
+    no_cache: bool,
+    allow_pickle: bool,
 ) -> None:
-    """How related are models? Similarity of their weight changes from a common base."""
-    with _progress() as progress:
-        found = measure_kinship(base, models, progress=progress)
+    """Measure how closely models are related.
+
+    Kinship is the similarity of the models' weight changes from a common base. MODELS are folders
+    or Hub ids of two or more.
+    """
+    from modelkin.measuring import kinship as measure
+    from modelkin.similarity import PairRow
+
+    _check_outputs(json_file, csv_file, plot)
+    given: dict[str, Any] = {
+        "include": include,
+        "exclude": exclude,
+        "threads": threads,
+        "min_coverage": min_coverage,
+        "cache": False if no_cache else None,
+        "allow_pickle": allow_pickle or None,
+    }
+    # The defaults are the library's.
+    options = {name: value for name, value in given.items() if value not in (None, ())}
+    with _progress(unit="bytes") as progress:
+        found = measure(base, models, progress=progress, **options)
     if json_file:
-        _write_json(found.as_dict(), json_file)
-    else:
-        _print_kinship(found)
+        write_json(found.as_dict(per), json_file)
+    if csv_file:
+        write_csv(PairRow._fields, found.rows(per), csv_file)
+    if plot:
+        from modelkin.heatmap import write_heatmap
+
+        write_heatmap(found, plot, metric or "pcc", level=per)
+    if not (json_file or csv_file):
+        from modelkin.tables import print_kinship
+
+        print_kinship(found, _console(), level=per, metric=metric)
 
 
 @app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
-    config: Annotated[Path, typer.Option(help="The run file that says how.")],
-    json_file: Json = None,
+@click.argument("models", nargs=-1, required=True)
+@click.option("--base", help="What to hold them against. By default the first of them.")
+@json_option
+@allow_pickle_option
+def inspect(
+    models: tuple[str, ...], base: str | None, json_file: str | None, allow_pickle: bool
 ) -> None:
-    """Score one model as a run would."""
+    """Show what models are and what they share, without reading their weights.
+
+    MODELS are folders or Hub ids.
+    """
+    from modelkin.inspection import inspect_models
+
+    _check_outputs(json_file, None, None)
+    found = inspect_models(models, base=base, allow_pickle=allow_pickle)
+    if json_file:
+        write_json(found.as_dict(), json_file)
+        return
+    from modelkin.tables import print_inspection
+
+    print_inspection(found, _console())
+
+
+@app.command()
+@click.argument("model")
+@click.option("--config", type=PATH, required=True, help="The run file that says how.")
+@json_option
+def evaluate(model: str, config: Path, json_file: str | None) -> None:
+    """Score one model as a run would.
+
+    MODEL is a folder or a Hub id.
+    """
+    from modelkin.config import load_config
+    from modelkin.run import default_folder
+    from modelkin.run import evaluate as evaluate_model
+
+    _check_outputs(json_file, None, None)
     cache = default_folder(config) / "evaluations"
     with _progress() as progress:
         card = evaluate_model(model, load_config(config), cache=cache, progress=progress).scorecard
     if json_file:
         scores = {task: score.value for task, score in card.scores.items()}
-        _write_json({**scores, "average": card.average}, json_file)
+        write_json({**scores, "average": card.average}, json_file)
         return
+    console = _console()
     for task, score in card.scores.items():
         stderr = "" if score.stderr is None else f" ± {score.stderr:.4f}"
         console.print(f"{task:30} {score.value:.4f}{stderr}", highlight=False)
@@ -131,12 +234,16 @@ def evaluate(
 
 
 @app.command()
-def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.YAML", help="mergekit's YAML.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
-) -> None:
-    """Merge models by a mergekit recipe; OUT appears whole or not at all."""
+@click.argument("recipe", type=PATH, metavar="RECIPE.YAML")
+@click.argument("out", type=PATH)
+def merge(recipe: Path, out: Path) -> None:
+    """Merge models by a mergekit recipe.
+
+    The folder OUT appears whole or not at all.
+    """
+    from modelkin.config import load_yaml
     from modelkin.merging import Mergekit, resolve_models
+    from modelkin.progress import Bars
 
     config = load_yaml(recipe)
     if not isinstance(config, dict):
@@ -144,16 +251,19 @@ def merge(
     with _progress() as progress:
         merger = Mergekit(on_progress=Bars(progress).inner("merging"))
         merger.merge(resolve_models(config, recipe.parent), out.resolve())
-    console.print(f"made {out}", highlight=False)
+    _console().print(f"made {out}", highlight=False)
 
 
 @app.command()
-def evolve(
-    run_file: RunFile,
-    out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
-) -> None:
+@click.argument("run_file", type=PATH, metavar="RUN.YAML")
+@click.option("--out", type=PATH, help="The run folder. By default runs/RUN beside the run file.")
+@click.option("--dry-run", is_flag=True, help="Print the plan only.")
+def evolve(run_file: Path, out: Path | None, dry_run: bool) -> None:
     """Breed models. Run it again to resume."""
+    from modelkin.config import load_config
+    from modelkin.run import default_folder, plan
+    from modelkin.run import evolve as evolve_models
+
     folder = out or default_folder(run_file)
     if dry_run:
         _print_plan(plan(load_config(run_file), folder.resolve()), folder)
@@ -164,56 +274,47 @@ def evolve(
 
 
 @app.command()
-def status(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
-    """Family, scores, gains and kinship of a run, and why it stopped."""
+@click.argument("folder", type=PATH, metavar="DIR")
+def status(folder: Path) -> None:
+    """Family, scores, gains and kinship of a run, and why it stopped.
+
+    DIR is a run folder.
+    """
+    from modelkin.run import read_run
+
     _print_run(read_run(folder))
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Where to put everything.")] = Path("demo-run"),
-    seed: Annotated[int, typer.Option(help="For training and breeding.")] = 0,
-) -> None:
-    """Train tiny models on this machine and breed them: greedy, kinship, random, uniform."""
+@click.option("--out", type=PATH, default="demo-run", help="Where to put everything.")
+@click.option("--seed", type=int, default=0, help="For training and breeding.")
+def demo(out: Path, seed: int) -> None:
+    """Train tiny models on this machine and breed them.
+
+    By the strategies greedy, kinship and random, and by a uniform average of all.
+    """
     from modelkin.demo import run_demo
 
     with _progress() as progress:
         result = run_demo(out.resolve(), seed=seed, progress=progress)
-    result.print(console)
+    result.print(_console())
 
 
-def _write_json(value: object, file: str) -> None:
-    text = json.dumps(value, allow_nan=False)
-    if file == "-":
-        print(text)
-    else:
-        Path(file).write_text(text + "\n", encoding="utf-8")
+def _check_outputs(json_file: str | None, csv_file: str | None, plot: str | None) -> None:
+    """See that everything can be written before anything is computed."""
+    if json_file == csv_file == "-":
+        raise ConfigError("--json, --csv: expected at most one of them to be -, found both")
+    for file in (json_file, csv_file, plot):
+        if file and file != "-":
+            check_target(file)
+    if plot:
+        from modelkin.heatmap import check_plot
+
+        check_plot(plot)
 
 
-def _print_kinship(found: Kinship) -> None:
-    console.print(
-        f"compared {found.compared_parameters:,} of {found.total_parameters:,} parameters "
-        f"({found.coverage:.1%}) with the base {found.base}",
-        highlight=False,
-    )
-    if found.left_out:
-        console.print(f"left out: {', '.join(found.left_out)}", highlight=False)
-    for metric in METRICS:
-        mean = found.mean(metric)
-        table = Table(
-            title=f"{metric}, mean {'undefined' if mean is None else f'{mean:.4f}'}",
-            title_justify="left",
-        )
-        for head in ("", *found.models):
-            table.add_column(head, justify="right")
-        for name, row in zip(found.models, found.matrix(metric), strict=True):
-            table.add_row(name, *(f"{v:.4f}" if v == v else "undefined" for v in row))
-        console.print(table)
-    for name in found.undefined:
-        console.print(f"{name} equals the base: its kinship is undefined", style="yellow")
-
-
-def _print_plan(found: Plan, folder: Path) -> None:
+def _print_plan(found: "Plan", folder: Path) -> None:
+    console = _console()
     for model in found.models:
         console.print(
             f"{model.name:20} {model.architecture}, {model.parameters:,} parameters, "
@@ -230,7 +331,10 @@ def _print_plan(found: Plan, folder: Path) -> None:
     )
 
 
-def _print_run(run: Run) -> None:
+def _print_run(run: "Run") -> None:
+    from modelkin.report import failure_lines, lead_sentence, terminal_table
+
+    console = _console()
     console.print(terminal_table(run.state, run.samples, width=console.width))
     for line in failure_lines(run.state):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)

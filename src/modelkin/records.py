@@ -8,9 +8,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, TypeAdapter
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 # Pearson correlation, cosine, Euclidean distance: the field names of `Similarity`.
 Metric = Literal["pcc", "cs", "ed"]
@@ -224,13 +226,19 @@ class Stopped:
 
 Event = Started | Founded | Proposed | Merged | Scored | Measured | Failed | Stopped
 
-_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+@cache
+def _event_adapter() -> "TypeAdapter[Event]":
+    # Imported here: who reads or writes no events should not wait for pydantic.
+    from pydantic import Field, TypeAdapter
+
+    return TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 def event_to_json(event: Event) -> str:
     """`event` as JSON. Not canonical: the order of tasks is part of a scorecard."""
     return json.dumps(
-        _EVENT.dump_python(event, mode="json"),
+        _event_adapter().dump_python(event, mode="json"),
         separators=(",", ":"),
         ensure_ascii=False,
         allow_nan=False,
@@ -239,7 +247,7 @@ def event_to_json(event: Event) -> str:
 
 def event_from_json(text: str) -> Event:
     """The event that `event_to_json` wrote; raises pydantic.ValidationError on anything else."""
-    return _EVENT.validate_json(text)
+    return _event_adapter().validate_json(text)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,37 @@ Axes: T tensors, N models.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modelkin.gram import GramStats
+from modelkin.gram import Float64Array, GramStats
 from modelkin.records import METRICS, Metric, Similarity
+from modelkin.tensor_names import Level, group
+
+# Of a model's weights with its base's: fine-tunes have above 0.9, strangers about 0.
+RELATED_COSINE = 0.3
+
+
+class PairRow(NamedTuple):
+    """The kinship of one pair of models in one group of tensors, a line of the long table.
+
+    `parameters` is the number of elements that were compared, `ed` in units of the weights;
+    `None` where a similarity is undefined.
+    """
+
+    level: Level
+    group: str
+    model_1: str
+    model_2: str
+    parameters: int
+    pcc: float | None
+    cs: float | None
+    ed: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +50,9 @@ class Kinship:
         cs_NN: cosine of the deltas, signed, -1 to 1; NaN where undefined.
         ed_NN: Euclidean distance of the deltas, in units of the weights.
         left_out: names of tensors that were not compared.
+        rows_left_out: embedding or head -> rows of the largest vocabulary that were not compared,
+            because not all models have them.
+        stats: the statistics that all this follows from, which `per` groups anew.
     """
 
     base: str
@@ -38,6 +63,8 @@ class Kinship:
     cs_NN: NDArray[np.float64]
     ed_NN: NDArray[np.float64]
     left_out: tuple[str, ...] = ()
+    rows_left_out: Mapping[str, int] = field(default_factory=dict)
+    stats: GramStats | None = field(default=None, repr=False, compare=False)
 
     @property
     def coverage(self) -> float:
@@ -51,6 +78,22 @@ class Kinship:
             name
             for name, own in zip(self.models, np.diag(self.cs_NN), strict=True)
             if np.isnan(own)
+        )
+
+    @property
+    def strangers(self) -> tuple[str, ...]:
+        """Models that were hardly made from this base: their weights do not resemble its own.
+
+        Fine-tuning moves weights by a small part of their size. Weights of two trainings from
+        scratch have a cosine near 0, and a difference larger than themselves. Judged by the
+        median element's tensor, since a few large norms would make any two models alike.
+        """
+        if self.stats is None:
+            return ()
+        return tuple(
+            name
+            for name, cosine, change in zip(self.models, *_resemblance(self.stats), strict=True)
+            if cosine < RELATED_COSINE or change > 1
         )
 
     def matrix(self, metric: Metric) -> NDArray[np.float64]:
@@ -71,27 +114,87 @@ class Kinship:
 
     def similarity(self, one: str, other: str) -> Similarity:
         """The three similarities of one pair."""
-        i, j = self.models.index(one), self.models.index(other)
+        return self._values(self.models.index(one), self.models.index(other))
+
+    def per(self, level: Level) -> dict[str, "Kinship"]:
+        """The kinship within each layer, module or tensor, in the order of the model.
+
+        Nothing is read again: the statistics are sums over tensors, here grouped otherwise. A
+        group's `compared_parameters` are its own; its `coverage` is of the whole base. A model
+        that is equal to the base within a group is undefined there, and only there.
+
+        Args:
+            level: "layer" ("0", "1", ..., and "embeddings", "norm", "head", "other" for what is
+                in no layer), "module" ("q_proj", "mlp", ...), "tensor" (their names), or "model"
+                (all of it, as "model").
+
+        Raises:
+            ValueError: this kinship was made without its statistics.
+        """
+        if self.stats is None:
+            raise ValueError("kinship per level: expected a Kinship with stats, found None")
+        return {
+            name: kinship_from(
+                _subset(self.stats, positions),
+                base=self.base,
+                total_parameters=self.total_parameters,
+            )
+            for name, positions in group(self.stats.tensors, level).items()
+        }
+
+    def rows(self, level: Level = "model") -> Iterator[PairRow]:
+        """The long table: one row for each group and unordered pair of models."""
+        for name, found in self.per(level).items() if level != "model" else [("model", self)]:
+            for one, other in combinations(range(len(self.models)), 2):
+                yield PairRow(
+                    level,
+                    name,
+                    self.models[one],
+                    self.models[other],
+                    found.compared_parameters,
+                    *found._values(one, other),
+                )
+
+    def as_dict(self, level: Level = "model") -> dict[str, Any]:
+        """What `modelkin kinship --json` prints; undefined values are `None`.
+
+        With a `level` other than "model", "groups" holds the matrices of each group.
+        """
+        said: dict[str, Any] = {
+            "base": self.base,
+            "models": list(self.models),
+            "compared_parameters": self.compared_parameters,
+            "total_parameters": self.total_parameters,
+            "left_out": list(self.left_out),
+            "rows_left_out": dict(self.rows_left_out),
+            "strangers": list(self.strangers),
+            **self._lists(),
+            "mean": {metric: self.mean(metric) for metric in METRICS},
+        }
+        if level != "model":
+            said["level"] = level
+            said["groups"] = [
+                {
+                    "name": name,
+                    "compared_parameters": found.compared_parameters,
+                    **found._lists(),
+                }
+                for name, found in self.per(level).items()
+            ]
+        return said
+
+    def _lists(self) -> dict[str, Any]:
+        return {
+            metric: [[_number(value) for value in row] for row in self.matrix(metric)]
+            for metric in METRICS
+        }
+
+    def _values(self, i: int, j: int) -> Similarity:
         return Similarity(
             pcc=_number(self.pcc_NN[i, j]),
             cs=_number(self.cs_NN[i, j]),
             ed=float(self.ed_NN[i, j]),
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `modelkin kinship --json` prints; undefined values are `None`."""
-        matrices: Mapping[str, Any] = {
-            metric: [[_number(value) for value in row] for row in self.matrix(metric)]
-            for metric in METRICS
-        }
-        return {
-            "base": self.base,
-            "models": list(self.models),
-            "compared_parameters": self.compared_parameters,
-            "total_parameters": self.total_parameters,
-            **matrices,
-            "mean": {metric: self.mean(metric) for metric in METRICS},
-        }
 
 
 def _number(value: float) -> float | None:
@@ -100,17 +203,29 @@ def _number(value: float) -> float | None:
 
 
 def kinship_from(
-    stats: GramStats, *, base: str, total_parameters: int, left_out: tuple[str, ...] = ()
+    stats: GramStats,
+    *,
+    base: str,
+    total_parameters: int,
+    left_out: tuple[str, ...] = (),
+    rows_left_out: Mapping[str, int] | None = None,
 ) -> Kinship:
     """The whole-model kinship: sums over all tensors first, then the similarity of the sums.
 
     (The mean of per-tensor similarities is another number, and not the kinship of the models.)
+
+    Args:
+        stats: of T tensors and N models; the result keeps them, for `Kinship.per`.
+        base: the base's name.
+        total_parameters: number of elements of the base.
+        left_out: names of tensors that are not in `stats`.
+        rows_left_out: embedding or head -> rows that are not in `stats`.
     """
     count = int(stats.count_T.sum())
     sum_N = stats.sum_TN.sum(axis=0)
     gram_NN = stats.gram_TNN.sum(axis=0)
     # cov(d_i, d_j) * n = d_i . d_j - sum(d_i) sum(d_j) / n
-    covariance_NN = gram_NN - np.outer(sum_N, sum_N) / count
+    covariance_NN = gram_NN - np.outer(sum_N, sum_N) / max(count, 1)
     return Kinship(
         base=base,
         models=stats.models,
@@ -120,6 +235,50 @@ def kinship_from(
         cs_NN=_normalised(gram_NN, np.diag(gram_NN)),
         ed_NN=np.sqrt(stats.distance_TNN.sum(axis=0)),
         left_out=left_out,
+        rows_left_out=rows_left_out or {},
+        stats=stats,
+    )
+
+
+def _resemblance(stats: GramStats) -> tuple[Float64Array, Float64Array]:
+    """Cosine of each model's weights with the base's, and the delta's norm over the base's.
+
+    Both as medians over tensors, weighted by their number of elements.
+    """
+    base_T1 = stats.base_T[:, None]
+    square_TN = np.diagonal(stats.gram_TNN, axis1=1, axis2=2)
+    theta_TN = base_T1 + 2 * stats.cross_TN + square_TN
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # A tensor of zeros resembles nothing and differs from nothing.
+        cosine_TN = np.nan_to_num((base_T1 + stats.cross_TN) / np.sqrt(base_T1 * theta_TN), nan=1.0)
+        change_TN = np.nan_to_num(np.sqrt(square_TN / base_T1), nan=0.0, posinf=0.0)
+    return (
+        _weighted_median(cosine_TN, stats.count_T),
+        _weighted_median(change_TN, stats.count_T),
+    )
+
+
+def _weighted_median(values_TN: Float64Array, weights_T: NDArray[np.int64]) -> Float64Array:
+    order_TN = np.argsort(values_TN, axis=0, kind="stable")
+    reached_TN = np.cumsum(weights_T[order_TN], axis=0)
+    middle_N = np.argmax(2 * reached_TN >= weights_T.sum(), axis=0)
+    columns_N = np.arange(values_TN.shape[1])
+    medians_N: Float64Array = values_TN[order_TN[middle_N, columns_N], columns_N]
+    return medians_N
+
+
+def _subset(stats: GramStats, positions: list[int]) -> GramStats:
+    """The statistics of some of the tensors."""
+    return GramStats(
+        models=stats.models,
+        tensors=tuple(stats.tensors[position] for position in positions),
+        count_T=stats.count_T[positions],
+        base_T=stats.base_T[positions],
+        base_sum_T=stats.base_sum_T[positions],
+        sum_TN=stats.sum_TN[positions],
+        cross_TN=stats.cross_TN[positions],
+        gram_TNN=stats.gram_TNN[positions],
+        distance_TNN=stats.distance_TNN[positions],
     )
 
 
