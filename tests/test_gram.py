@@ -29,9 +29,12 @@ from numpy.typing import NDArray
 
 import modelkin as mk
 from modelkin.checkpoint import DTYPES, open_checkpoint
-from modelkin.gram import GramStats, codegen, kernel
+from modelkin.gram import GramStats, codegen
 from modelkin.gram.codegen import Processor, host
-from modelkin.gram.kernel import BLOCK, FUSED, Precision, Sums, sums
+from modelkin.gram.fused import FUSED, fused
+from modelkin.gram.kernel import Sums, sums
+from modelkin.gram.precision import BLOCK, Precision
+from modelkin.gram.tiled import tiled
 from modelkin.measuring import measure, streaming
 
 Bits = NDArray[Any]
@@ -591,15 +594,15 @@ def test_formats_that_hold_the_same_numbers_agree(seed: int, models: int, small:
 def forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of machine code, empty, and a kernel that has compiled nothing yet."""
     monkeypatch.setenv("MODELKIN_CACHE", str(tmp_path / "cache"))
-    kernel._fused.cache_clear()
-    kernel._tiled.cache_clear()
+    fused.cache_clear()
+    tiled.cache_clear()
     return tmp_path / "cache" / "code"
 
 
 def _works() -> None:
     """Compile the kernels of two and of five models, and sum with them."""
-    kernel._fused.cache_clear()
-    kernel._tiled.cache_clear()
+    fused.cache_clear()
+    tiled.cache_clear()
     rng = np.random.default_rng(6)
     for models in (2, 5):
         weights, values = _family(rng, ["BF16"] * (models + 1), 1500)
@@ -674,7 +677,7 @@ def test_threads_compile_once(forgetful: Path, monkeypatch: pytest.MonkeyPatch) 
             made.append(arguments)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(kernel, "Compiled", Counted)
+    monkeypatch.setattr("modelkin.gram.fused.Compiled", Counted)
     weights = [np.ones(10, "<u2") for _ in range(3)]
     start = threading.Barrier(4)
     found: list[Sums] = []

@@ -31,7 +31,7 @@ import modelkin as mk
 from modelkin.checkpoint import Checkpoint, open_checkpoint
 from modelkin.errors import CheckpointError, ConfigError, IncomparableError
 from modelkin.gram import GramStats
-from modelkin.gram.kernel import BLOCK
+from modelkin.gram.precision import BLOCK
 from modelkin.measuring import compare, measure, streaming
 from modelkin.similarity import kinship_from
 

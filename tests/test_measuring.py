@@ -31,7 +31,8 @@ import modelkin as mk
 from modelkin.checkpoint import MappedTensor, WeightFile, open_checkpoint
 from modelkin.errors import CheckpointError, ConfigError, IncomparableError
 from modelkin.gram import GramStats
-from modelkin.gram.kernel import BLOCK, Sums, sums
+from modelkin.gram.kernel import Sums, sums
+from modelkin.gram.precision import BLOCK
 from modelkin.measuring import Comparison, compare, measure, overlap, stored, streaming
 
 Tensors = Mapping[str, Array]

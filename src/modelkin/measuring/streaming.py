@@ -16,7 +16,8 @@ import numpy as np
 from modelkin.checkpoint import Checkpoint, as_float64
 from modelkin.errors import CheckpointError
 from modelkin.gram import Float64Array, GramStats
-from modelkin.gram.kernel import BLOCK, ITEMSIZE, Precision, Sums, sums
+from modelkin.gram.kernel import Sums, sums
+from modelkin.gram.precision import BLOCK, ITEMSIZE, Precision
 from modelkin.measuring.comparing import Comparison
 
 if TYPE_CHECKING:
