@@ -458,7 +458,6 @@ def test_infinite_squares_are_summed_again_in_silence() -> None:
     rows = [(1e30 * rng.standard_normal(2000)).astype("<f4") for _ in range(6)]
     found = sums(rows, ["F32"] * 6, new=5, precision="single")
     assert not (found + found).finite
-    assert not found.kept_digits(2000)
     assert sums(rows, ["F32"] * 6, new=5, precision="double").finite
 
 

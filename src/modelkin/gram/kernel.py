@@ -72,24 +72,26 @@ class Sums:
     @property
     def finite(self) -> bool:
         """Whether all weights were finite, and their squares and those of differences too."""
-        apart = np.triu(self.distances_NN, 1)
-        return bool(np.isfinite(self.moments_R3).all() and np.isfinite(apart).all())
+        return bool(np.isfinite(self.moments_R3).all() and np.isfinite(self.distances_NN).all())
 
-    def kept_digits(self, count: int) -> bool:
-        """Whether single precision was enough for these sums over `count` elements.
 
-        It is not where a delta is mostly one shift of all weights, so that its variance is the
-        small difference of large sums, or where squares leave the range of float32.
-        """
-        if not self.finite:
-            return False
-        sum_R, square_R = self.moments_R3[:, 0], self.moments_R3[:, 2]
-        shifted_N = (square_R - sum_R**2 / count < SHIFTED * square_R)[1:]
-        tiny_R = (square_R < TINY**2 * count) & ((square_R > 0) | (sum_R != 0))
-        # Above the diagonal, of models that are not identical.
-        apart = np.triu(self.distances_NN, 1)
-        tiny_NN = (apart > 0) & (apart < TINY**2 * count)
-        return not (shifted_N.any() or tiny_R.any() or tiny_NN.any())
+def lost_digits(sums_T: Sequence[Sums], counts: Sequence[int]) -> NDArray[np.bool_]:
+    """For each tensor whether single precision was too little for its sums over `counts` elements.
+
+    It is where a delta is mostly one shift of all weights, so that its variance is the small
+    difference of large sums, or where squares leave the range of float32.
+    """
+    count_T1 = np.array(counts)[:, None]
+    moments_TR3 = np.array([sums.moments_R3 for sums in sums_T])
+    # Above the diagonal, of models that are not identical.
+    apart_TNN = np.triu([sums.distances_NN for sums in sums_T], 1)
+    sum_TR, square_TR = moments_TR3[:, :, 0], moments_TR3[:, :, 2]
+    least_T1 = TINY**2 * count_T1
+    shifted_TN = (square_TR - sum_TR**2 / count_T1 < SHIFTED * square_TR)[:, 1:]
+    tiny_TR = (square_TR < least_T1) & ((square_TR > 0) | (sum_TR != 0))
+    tiny_TNN = (apart_TNN > 0) & (apart_TNN < least_T1[:, :, None])
+    lost: NDArray[np.bool_] = shifted_TN.any(1) | tiny_TR.any(1) | tiny_TNN.any((1, 2))
+    return lost
 
 
 def sums(
@@ -120,7 +122,7 @@ def sums(
         distances_NN = np.zeros((models, models))
         for blocks, part in parts:
             call(part, blocks, moments_R3, products_NN, distances_NN)
-        np.fill_diagonal(products_NN, moments_R3[1:, 2])
+        products_NN.reshape(-1)[:: models + 1] = moments_R3[1:, 2]
         return Sums(moments_R3, products_NN, distances_NN)
     with _compiling:
         call = tiled(tuple(sorted(set(formats_R))), precision, processor)

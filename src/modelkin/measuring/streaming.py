@@ -16,7 +16,7 @@ import numpy as np
 from modelkin.checkpoint import Checkpoint, as_float64
 from modelkin.errors import CheckpointError
 from modelkin.gram import Float64Array, GramStats
-from modelkin.gram.kernel import Sums, sums
+from modelkin.gram.kernel import Sums, lost_digits, sums
 from modelkin.gram.precision import BLOCK, ITEMSIZE, Precision
 from modelkin.measuring.comparing import Comparison
 
@@ -112,7 +112,9 @@ class _Pass:
         self._widths = [
             sum(tensor.bytes for tensor in row) / max(row[0].count, 1) for row in self._tensors
         ]
+        self._slice_sizes = [self._slice_size(t) for t in range(len(self._names))]
         self._sums = [self._empty(t) for t in range(len(self._names))]
+        self._doubled: set[int] = set()
         self._lock = threading.Lock()
         self._stopped = False
         self._since_release = 0.0
@@ -131,9 +133,10 @@ class _Pass:
             self._advance = lambda done: progress.advance(task, done)
         try:
             # In the order of the base's file, so that a disk reads forward.
-            base_T = [row[0] for row in self._tensors]
-            order = sorted(range(len(base_T)), key=lambda t: (base_T[t].file, base_T[t].offset))
+            base_T = [(str(row[0].file), row[0].offset) for row in self._tensors]
+            order = sorted(range(len(base_T)), key=lambda t: base_T[t])
             self._work(self._jobs(order), threads)
+            self._regain_digits()
         finally:
             if progress is not None and task is not None:
                 progress.remove_task(task)
@@ -147,15 +150,15 @@ class _Pass:
         return BLOCK * max(int(SLICE_BYTES / width / BLOCK), 1)
 
     def _empty(self, t: int) -> _TensorSums:
-        return _TensorSums(slices=-(-self._counts[t] // self._slice_size(t)))
+        return _TensorSums(slices=-(-self._counts[t] // self._slice_sizes[t]))
 
     def _jobs(self, order: Sequence[int]) -> Iterator[list[_Slice]]:
         """Slices, large tensors cut and small ones put together."""
         job: list[_Slice] = []
         size = 0.0
         for t in order:
-            for start in range(0, self._counts[t], self._slice_size(t)):
-                stop = min(start + self._slice_size(t), self._counts[t])
+            for start in range(0, self._counts[t], self._slice_sizes[t]):
+                stop = min(start + self._slice_sizes[t], self._counts[t])
                 job.append(_Slice(t, start, stop))
                 size += (stop - start) * self._widths[t]
                 if size > SLICE_BYTES / 2:
@@ -205,7 +208,7 @@ class _Pass:
         found = self._sum(one, self._precision(t))
         with self._lock:
             tensor = self._sums[t]
-            tensor.add(one.start, found, self._slice_size(t))
+            tensor.add(one.start, found, self._slice_sizes[t])
             complete = tensor.added == tensor.slices
         self._advance(self._size(one))
         if complete:
@@ -228,20 +231,40 @@ class _Pass:
         return found
 
     def _check(self, t: int) -> None:
-        """Sum a tensor again where single precision lost digits; name what is no number."""
+        """Name what is no finite number, as soon as it is met."""
+        # Squares of finite numbers can leave the range of float32.
+        if not self._total(t).finite and self._precision(t) == "single":
+            self._sum_again(t)
+        if not self._total(t).finite:
+            self._name_the_guilty(t)
+
+    def _regain_digits(self) -> None:
+        """Sum those tensors again for which single precision was too little."""
+        single = [
+            t
+            for t, count in enumerate(self._counts)
+            if count and self._precision(t) == "single" and t not in self._doubled
+        ]
+        if single:
+            totals = [self._total(t) for t in single]
+            lost_T = lost_digits(totals, [self._counts[t] for t in single])
+            for t, lost in zip(single, lost_T, strict=True):
+                if lost:
+                    self._sum_again(t)
+
+    def _sum_again(self, t: int) -> None:
+        tensor = self._empty(t)
+        size = self._slice_sizes[t]
+        for start in range(0, self._counts[t], size):
+            part = _Slice(t, start, min(start + size, self._counts[t]))
+            tensor.add(start, self._sum(part, "double"), size)
+        self._sums[t] = tensor
+        self._doubled.add(t)
+
+    def _total(self, t: int) -> Sums:
         total = self._sums[t].total
         assert total is not None
-        if self._precision(t) == "single" and not total.kept_digits(self._counts[t]):
-            tensor = self._empty(t)
-            size = self._slice_size(t)
-            for start in range(0, self._counts[t], size):
-                part = _Slice(t, start, min(start + size, self._counts[t]))
-                tensor.add(start, self._sum(part, "double"), size)
-            self._sums[t] = tensor
-            total = tensor.total
-            assert total is not None
-        if not total.finite:
-            self._name_the_guilty(t)
+        return total
 
     def _name_the_guilty(self, t: int) -> None:
         # A base that is not finite spoils every delta: it is named first.
@@ -257,8 +280,7 @@ class _Pass:
                         f"{tensor.file}: tensor {self._names[t]!r}: expected finite numbers, "
                         f"found {weights[bad[0]]} at element {start + bad[0]}"
                     )
-        total = self._sums[t].total
-        assert total is not None
+        total = self._total(t)
         # All numbers are finite, but a square is not: the base's own, that of the first delta, or
         # that of the first difference.
         sizes_R = np.abs(total.moments_R3).max(axis=1)
