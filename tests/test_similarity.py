@@ -394,3 +394,14 @@ def test_groups_are_added_to_the_dict(level: Level) -> None:
     assert [one["name"] for one in groups] == list(group(LLAMA, level))
     assert list(groups[0]) == ["name", "compared_parameters", "pcc", "cs", "ed"]
     assert sum(one["compared_parameters"] for one in groups) == found.compared_parameters
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-90, 1.0, 1e90, 1e150])
+def test_norms_of_any_size_have_a_cosine(size: float) -> None:
+    """Cosines of deltas of very different sizes are exact where the squares' product is not."""
+    one, other = np.array([3.0, 4.0]) * size, np.array([4.0, 3.0]) / size
+    found = kinship_from(
+        _stats({"w": (np.ones(2), [one, other, one])}), base="b", total_parameters=2
+    )
+    assert found.cs_NN[0, 1] == pytest.approx(0.96, abs=1e-15)
+    assert found.cs_NN[0, 2] == 1.0

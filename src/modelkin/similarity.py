@@ -291,4 +291,9 @@ def _normalised(
     """
     own_N = np.diag(products_NN)
     own_N = np.where(own_N > 1e-14 * square_N, own_N, np.nan)
+    # Each model is scaled by a power of two, which changes no digit: the product of two squares
+    # may be beyond float64.
+    scale_N = -(np.frexp(np.where(np.isnan(own_N), 1.0, own_N))[1] // 2)
+    products_NN = np.ldexp(np.ldexp(products_NN, scale_N[:, None]), scale_N)
+    own_N = np.ldexp(own_N, 2 * scale_N)
     return np.clip(products_NN / np.sqrt(np.outer(own_N, own_N)), -1.0, 1.0)
