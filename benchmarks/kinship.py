@@ -6,7 +6,7 @@
 Makes random Llama-shaped bfloat16 checkpoints in a scratch folder and measures, in one run:
 
 - the streaming limit: the fastest plain pass over the same mapped files by the same number of
-  threads, which does nothing but add up 64-bit words;
+  threads, which maps them, adds up 64-bit words, and unmaps them;
 - modelkin's pass over a pair, and over 4, 8 and 16 models;
 - whole commands: `modelkin kinship` against a script that loads all models in float32 through
   transformers, concatenates the deltas and calls torch.corrcoef.
@@ -156,14 +156,17 @@ def word_sum() -> Callable[[int, int, int], None]:
 def plain_pass(
     files: Sequence[Path], threads: int, window: int, add_up: Callable[[int, int, int], None]
 ) -> float:
-    """Seconds that it takes to map the files and add up their words, `window` words at a time."""
+    """Seconds to map the files, add up their words, `window` words at a time, and unmap them."""
     start = time.perf_counter()
-    views = []
+    maps, parts = [], []
     for file in files:
         with file.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        views.append(np.frombuffer(mapped, np.int64, len(mapped) // 8))
-    jobs = iter([(view, at) for view in views for at in range(0, view.size, window)])
+        maps.append(mapped)
+        address = np.frombuffer(mapped, np.uint8).ctypes.data
+        words = len(mapped) // 8
+        parts += [(address + 8 * at, min(window, words - at)) for at in range(0, words, window)]
+    jobs = iter(parts)
     lock = threading.Lock()
 
     def work() -> None:
@@ -173,9 +176,7 @@ def plain_pass(
                 job = next(jobs, None)
             if job is None:
                 return
-            view, at = job
-            part = view[at : at + window]
-            add_up(part.ctypes.data, part.size, result.ctypes.data)
+            add_up(*job, result.ctypes.data)
 
     others = [threading.Thread(target=work) for _ in range(threads - 1)]
     for other in others:
@@ -183,7 +184,8 @@ def plain_pass(
     work()
     for other in others:
         other.join()
-    del views
+    for mapped in maps:
+        mapped.close()
     return time.perf_counter() - start
 
 
@@ -196,6 +198,7 @@ def our_pass(folders: Sequence[Path], threads: int) -> float:
     start = time.perf_counter()
     base, *models = (open_checkpoint(folder) for folder in folders)
     measure(base, models, threads=threads)
+    del base, models  # and with them the mappings
     return time.perf_counter() - start
 
 

@@ -463,7 +463,7 @@ def test_infinite_squares_are_summed_again_in_silence() -> None:
 
 def test_an_overflowing_difference_is_seen() -> None:
     """Squares of opposite deltas may be finite where that of their difference is not."""
-    rows = [np.full(8, value, "<f4") for value in (0, 1e19, -1e19)]
+    rows = [np.full(1, value, "<f4") for value in (0, 1e19, -1e19)]
     found = sums(rows, ["F32"] * 3, new=2, precision="single")
     assert np.isfinite(found.moments_R3).all()
     assert not found.finite

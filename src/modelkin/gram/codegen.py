@@ -7,6 +7,7 @@ milliseconds.
 
 import ctypes
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from modelkin.files import cache_folder, whole_file
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 POINTER = ir.PointerType()
+
+# LLVM makes code for one thread at a time.
+compiling = threading.Lock()
 
 Value = Any
 """A value of LLVM's intermediate language; llvmlite has no types for type checkers."""
@@ -104,10 +108,47 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         # Without leave to reassociate it would add the lanes one after the other.
         return self.call(function, [DOUBLE(0), vector], fastmath=("reassoc",))
 
-    def any_of(self, flags: Value) -> Value:
-        """Whether one of a vector of flags is set."""
-        name = f"llvm.vector.reduce.or.v{flags.type.count}i1"
-        return self.call(_declared(self.module, name, ir.IntType(1), [flags.type]), [flags])
+    def sums_of(self, vectors: Sequence[Value]) -> Value:
+        """A vector with the sum of each of the vectors' lanes, in float64.
+
+        Two vectors at a time are folded into one, which takes a third of the steps of folding each
+        by itself. The additions are in the vectors' precision, and the same for each vector.
+
+        Args:
+            vectors: as many as a power of two.
+        """
+        if len(vectors) > vectors[0].type.count:
+            middle = len(vectors) // 2
+            halves = self.sums_of(vectors[:middle]), self.sums_of(vectors[middle:])
+            mask = ir.Constant(ir.VectorType(I32, len(vectors)), list(range(len(vectors))))
+            return self.shuffle_vector(*halves, mask)
+        current, width = list(vectors), vectors[0].type.count
+        while len(current) > 1:
+            width //= 2
+            current = [
+                self._folded(one, other, width)
+                for one, other in zip(current[::2], current[1::2], strict=True)
+            ]
+        only = current[0]
+        while width > 1:
+            width //= 2
+            only = self._folded(only, None, width)
+        if only.type.element == FLOAT:
+            only = self.fpext(only, ir.VectorType(DOUBLE, len(vectors)))
+        return only
+
+    def _folded(self, one: Value, other: Value | None, width: int) -> Value:
+        """Groups of `2 * width` lanes, halved: each lane plus the one `width` further."""
+        count = one.type.count if other is None else 2 * one.type.count
+        starts = range(0, count, 2 * width)
+        lower = [start + lane for start in starts for lane in range(width)]
+        second = ir.Constant(one.type, ir.Undefined) if other is None else other
+
+        def taken(places: list[int]) -> Value:
+            mask = ir.Constant(ir.VectorType(I32, len(places)), places)
+            return self.shuffle_vector(one, second, mask)
+
+        return self.fadd(taken(lower), taken([place + width for place in lower]))
 
     def prefetch(self, pointer: Value) -> None:
         """Ask for the memory at `pointer`, which will be read once."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from modelkin.gram.codegen import (
     DOUBLE,
     I8,
+    I32,
     I64,
     POINTER,
     Compiled,
@@ -76,9 +77,13 @@ def fused(
 
         steps = BLOCK // numbers.lanes
         totals = numbers.added(code, steps, [numbers.zero] * len(targets), step)
-        for total, (array, cell) in zip(totals, targets, strict=True):
-            before = code.read(array, DOUBLE, I64(cell))
-            code.write(code.fadd(before, code.sum_of(total)), array, DOUBLE, I64(cell))
+        for first_total in range(0, len(totals), 4):
+            some = totals[first_total : first_total + 4]
+            found = code.sums_of([*some, *[numbers.zero] * (4 - len(some))])
+            for lane, (array, cell) in enumerate(targets[first_total : first_total + 4]):
+                before = code.read(array, DOUBLE, I64(cell))
+                one = code.extract_element(found, I32(lane))
+                code.write(code.fadd(before, one), array, DOUBLE, I64(cell))
         return []
 
     code.repeat(blocks, [], block)

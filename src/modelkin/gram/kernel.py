@@ -12,7 +12,6 @@ Two kernels give the same sums: `fused` for up to three models, `tiled` for more
 Axes: N models, R = N + 1 rows (the base first), P = N rounded up to whole tiles, C tiles a side.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelkin.gram.codegen import Processor, host
+from modelkin.gram.codegen import Processor, compiling, host
 from modelkin.gram.fused import FUSED, fused
-from modelkin.gram.precision import BLOCK, Precision
+from modelkin.gram.precision import Precision, whole_blocks
 from modelkin.gram.tiled import TILE, tiled
 
 Float64Array = NDArray[np.float64]
@@ -34,9 +33,6 @@ NEAR = {"single": 1 / 32, "double": 1e-8}
 SHIFTED = 0.5
 # Below this root mean square, squares fall below what single precision can hold.
 TINY = 1e-15
-
-# LLVM code is made once for all threads.
-_compiling = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -113,9 +109,9 @@ def sums(
     """
     models = len(weights_R) - 1
     processor = processor or host()
-    parts = _parts(weights_R)
+    parts = whole_blocks(weights_R)
     if models <= FUSED:
-        with _compiling:
+        with compiling:
             call = fused(tuple(formats_R), precision, processor)
         moments_R3 = np.zeros((models + 1, 3))
         products_NN = np.zeros((models, models))
@@ -124,17 +120,21 @@ def sums(
             call(part, blocks, moments_R3, products_NN, distances_NN)
         products_NN.reshape(-1)[:: models + 1] = moments_R3[1:, 2]
         return Sums(moments_R3, products_NN, distances_NN)
-    with _compiling:
+    with compiling:
         call = tiled(tuple(sorted(set(formats_R))), precision, processor)
     tiles = -(-models // TILE)
-    moments_R3 = np.zeros((models + 1, 3))
+    moments_R2 = np.zeros((models + 1, 2))
     products_PP = np.zeros((TILE * tiles, TILE * tiles))
-    wanted_CC = np.zeros((tiles, tiles), np.bool_)
+    # On the diagonal are the norms, by which near pairs are known.
+    wanted_CC = np.eye(tiles, dtype=np.bool_)
     wanted_CC[:, (models - new) // TILE :] = True
     for blocks, part in parts:
-        call(part, formats_R, blocks, wanted_CC, moments_R3, products_PP, differences=False)
-    norm_P = np.zeros(TILE * tiles)
-    norm_P[:models] = moments_R3[1:, 2]
+        call(part, formats_R, blocks, wanted_CC, moments_R2, products_PP, differences=False)
+    norm_P = np.diag(products_PP)
+    moments_R3 = np.zeros((models + 1, 3))
+    moments_R3[0, ::2] = moments_R2[0]
+    moments_R3[1:, :2] = moments_R2[1:]
+    moments_R3[1:, 2] = norm_P[:models]
     with np.errstate(invalid="ignore", over="ignore"):  # `Sums.finite` tells
         both_PP = np.add.outer(norm_P, norm_P)
         distances_PP = both_PP - 2 * products_PP
@@ -142,23 +142,9 @@ def sums(
     near_CC = near_PP.reshape(tiles, TILE, tiles, TILE).any(axis=(1, 3)) & wanted_CC
     if near_CC.any():
         again_PP = np.zeros_like(products_PP)
-        unused = np.zeros_like(moments_R3)
+        unused = np.zeros_like(moments_R2)
         for blocks, part in parts:
             call(part, formats_R, blocks, near_CC, unused, again_PP, differences=True)
         # Whether a pair is near does not depend on what else is in its tile: nor do its digits.
         distances_PP[near_PP] = again_PP[near_PP]
     return Sums(moments_R3, products_PP[:models, :models], distances_PP[:models, :models])
-
-
-def _parts(weights_R: Sequence[NDArray[Any]]) -> list[tuple[int, Sequence[NDArray[Any]]]]:
-    """The whole blocks of a slice, and what is left, filled up to a block."""
-    count = weights_R[0].size
-    whole = count // BLOCK
-    parts: list[tuple[int, Sequence[NDArray[Any]]]] = [(whole, weights_R)] if whole else []
-    if whole * BLOCK < count:
-        # Zeros add nothing to any sum; all formats spell zero with zero bits.
-        rest_R = [np.zeros(BLOCK, weights.dtype) for weights in weights_R]
-        for rest, weights in zip(rest_R, weights_R, strict=True):
-            rest[: count - whole * BLOCK] = weights[whole * BLOCK :]
-        parts.append((1, rest_R))
-    return parts

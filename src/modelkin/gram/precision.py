@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
@@ -11,11 +12,12 @@ from modelkin.gram.codegen import DOUBLE, FLOAT, I8, I16, I32, I64, Builder, Pro
 
 Precision = Literal["single", "double"]
 
-# Elements whose sums are kept in the working precision: 64 additions a lane on the widest vectors.
-BLOCK = 1024
+# Elements whose sums are kept in the working precision. So few that a block of a score of models
+# fits into a core's first cache.
+BLOCK = 512
 # Additions to a sum before it is added to that of the block. Where deltas are all of one size, as
 # after a step along their signs, each addition is rounded the same way: long sums would drift.
-RUN = 16
+RUN = 32
 
 # Formats of stored weights -> bytes of an element.
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -24,6 +26,20 @@ ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 def pointers(weights_R: Sequence[NDArray[Any]]) -> Any:
     """Where each array begins, as an argument of machine code."""
     return (ctypes.c_void_p * len(weights_R))(*(weights.ctypes.data for weights in weights_R))
+
+
+def whole_blocks(weights_R: Sequence[NDArray[Any]]) -> list[tuple[int, Sequence[NDArray[Any]]]]:
+    """The whole blocks of a slice, and what is left, filled up to a block in arrays of its own."""
+    count = weights_R[0].size
+    whole = count // BLOCK
+    parts: list[tuple[int, Sequence[NDArray[Any]]]] = [(whole, weights_R)] if whole else []
+    if whole * BLOCK < count:
+        # Zeros add nothing to any sum; all formats spell zero with zero bits.
+        rest_R = [np.zeros(BLOCK, weights.dtype) for weights in weights_R]
+        for rest, weights in zip(rest_R, weights_R, strict=True):
+            rest[: count - whole * BLOCK] = weights[whole * BLOCK :]
+        parts.append((1, rest_R))
+    return parts
 
 
 class Numbers:
@@ -47,6 +63,9 @@ class Numbers:
         step: Callable[[Value, list[Value]], Sequence[Value]],
     ) -> list[Value]:
         """`totals` and what comes of `step` for each of `count` numbers, a run at a time."""
+
+        if count <= RUN:
+            return code.repeat(I64(count), totals, step)
 
         def run(number: Value, totals: list[Value]) -> list[Value]:
             first = code.mul(number, I64(RUN))

@@ -40,13 +40,18 @@ def tiled(
 ) -> Callable[..., None]:
     module = ir.Module()
     numbers = Numbers(precision, processor)
-    row = _row_function(module, numbers, formats)
+    theta_row, delta_row = (
+        _row_function(module, numbers, formats, minus_base=minus_base)
+        for minus_base in (False, True)
+    )
     for differences in (False, True):
         tiles = [
             _tile_function(module, numbers, processor, differences=differences, triangle=triangle)
             for triangle in (False, True)
         ]
-        _tiles_function(module, numbers, row, *tiles, differences=differences)
+        # Differences are taken between the weights themselves.
+        row = theta_row if differences else delta_row
+        _tiles_function(module, numbers, theta_row, row, *tiles, differences=differences)
     compiled = Compiled(module, processor)
     arguments = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 3]
     functions = {
@@ -59,13 +64,13 @@ def tiled(
         formats_R: Sequence[str],
         blocks: int,
         wanted_CC: NDArray[np.bool_],
-        moments_R3: NDArray[np.float64],
+        moments_R2: NDArray[np.float64],
         totals_PP: NDArray[np.float64],
         *,
         differences: bool,
     ) -> None:
-        # A row of zeros, and one for the base and each model.
-        scratch = np.zeros((len(totals_PP) + 2) * STRIDE * numbers.itemsize + 64, np.uint8)
+        # A row for the base and each model; rows that fill up a tile stay zero.
+        scratch = np.zeros((len(totals_PP) + 1) * STRIDE * numbers.itemsize + 64, np.uint8)
         codes_R = np.array([formats.index(form) for form in formats_R], np.int32)
         sizes_R = np.array([BLOCK * ITEMSIZE[form] for form in formats_R], np.int64)
         functions[differences](
@@ -77,20 +82,25 @@ def tiled(
             len(wanted_CC),
             blocks,
             scratch.ctypes.data + -scratch.ctypes.data % 64,
-            moments_R3.ctypes.data,
+            moments_R2.ctypes.data,
             totals_PP.ctypes.data,
         )
 
     return call
 
 
-def _row_function(module: ir.Module, numbers: Numbers, formats: Sequence[str]) -> Value:
-    """Widens one block of one row, subtracts another and adds up the moments.
+def _row_function(
+    module: ir.Module, numbers: Numbers, formats: Sequence[str], *, minus_base: bool
+) -> Value:
+    """Widens one block of one row, subtracts the base if asked to, and adds up the moments.
 
-    Arguments: stored bits, format, the row to subtract, where the result goes, the three sums.
+    Those are the sums of delta and of b * delta; where nothing is subtracted, of theta and theta².
+
+    Arguments: stored bits, format, the base's row, where the result goes, the two sums.
     """
-    code = new_function(module, "row", [POINTER, I32, *[POINTER] * 3])
-    stored, which, base, deltas, moments = code.function.args
+    name = "delta_row" if minus_base else "theta_row"
+    code = new_function(module, name, [POINTER, I32, *[POINTER] * 3])
+    stored, which, base, row, moments = code.function.args
     done = code.function.append_basic_block("widened")
     choice = code.switch(which, done)
     kind, lanes = numbers.kind, numbers.lanes
@@ -104,24 +114,23 @@ def _row_function(module: ir.Module, numbers: Numbers, formats: Sequence[str]) -
             for half in range(2):
                 vector = code.add(code.add(turn, turn), I64(half))
                 at = code.mul(vector, I64(lanes))
-                weight = code.read(base, kind, at, lanes=lanes)
-                delta = code.fsub(numbers.widen(code, stored, form, at), weight)
-                code.write(delta, deltas, kind, at)
-                before = totals[3 * half :]
+                value = factor = numbers.widen(code, stored, form, at)
+                if minus_base:
+                    factor = code.read(base, kind, at, lanes=lanes)
+                    value = code.fsub(value, factor)
+                code.write(value, row, kind, at)
                 sums += [
-                    code.fadd(before[0], delta),
-                    code.multiply_add(weight, delta, before[1]),
-                    code.multiply_add(delta, delta, before[2]),
+                    code.fadd(totals[2 * half], value),
+                    code.multiply_add(factor, value, totals[2 * half + 1]),
                 ]
             return sums
 
         # Two at a time: a sum would wait for the addition before it.
-        totals = numbers.added(code, BLOCK // lanes // 2, [numbers.zero] * 6, step)
-        for cell in range(3):
-            found = code.sum_of(code.fadd(totals[cell], totals[cell + 3]))
-            code.write(
-                code.fadd(code.read(moments, DOUBLE, I64(cell)), found), moments, DOUBLE, I64(cell)
-            )
+        totals = numbers.added(code, BLOCK // lanes // 2, [numbers.zero] * 4, step)
+        for cell in range(2):
+            found = code.sum_of(code.fadd(totals[cell], totals[cell + 2]))
+            before = code.read(moments, DOUBLE, I64(cell))
+            code.write(code.fadd(before, found), moments, DOUBLE, I64(cell))
         code.branch(done)
     code.position_at_end(done)
     code.ret_void()
@@ -150,26 +159,34 @@ def _tile_function(
     code = new_function(module, name, [POINTER, POINTER, POINTER, I64, POINTER, POINTER])
     xs, ys, results, length, *later = code.function.args
     kind, lanes = numbers.kind, numbers.lanes
-    cells = [(i, j) for i in range(TILE) for j in range(TILE) if j >= i or not triangle]
-    # As many sums at a time as there are registers for, with room for the rows.
-    room = processor.registers // 2
-    for first in range(0, len(cells), room):
-        some = cells[first : first + room]
+    # As many rows of sums at a time as there are registers for, with room for the rows of weights.
+    steps = BLOCK // lanes
+    height = min(processor.registers // 2 // TILE, TILE)
+    for first in range(0, TILE, height):
+        cells = [
+            (i, j)
+            for i in range(first, first + height)
+            for j in range(TILE)
+            if j >= i or not triangle
+        ]
 
         def step(
-            turn: Value, totals: list[Value], some: list[tuple[int, int]] = some, half: int = 0
+            turn: Value, totals: list[Value], cells: list[tuple[int, int]] = cells
         ) -> list[Value]:
-            code.prefetch(code.at(later[half], I8, code.mul(turn, I64(64))))
-            at = code.mul(code.add(turn, I64(half * (BLOCK // lanes // 2))), I64(lanes))
+            # A line of the one stretch in the first half of the turns, of the other in the second.
+            half = code.and_(turn, I64(steps // 2 - 1))
+            stretch = code.select(code.icmp_unsigned("==", turn, half), *later)
+            code.prefetch(code.at(stretch, I8, code.mul(half, I64(64))))
+            at = code.mul(turn, I64(lanes))
 
             def row(pointer: Value, number: int) -> Value:
                 return code.read(pointer, kind, code.add(at, I64(number * STRIDE)), lanes=lanes)
 
-            x = {i: row(xs, i) for i, _ in some}
+            x = {i: row(xs, i) for i, _ in cells}
             y = x if triangle else {}
-            y = {j: y[j] if j in y else row(ys, j) for _, j in some}
+            y = {j: y[j] if j in y else row(ys, j) for _, j in cells}
             sums = []
-            for (i, j), total in zip(some, totals, strict=True):
+            for (i, j), total in zip(cells, totals, strict=True):
                 if differences:
                     apart = code.fsub(x[i], y[j])
                     sums.append(code.multiply_add(apart, apart, total))
@@ -177,13 +194,13 @@ def _tile_function(
                     sums.append(code.multiply_add(x[i], y[j], total))
             return sums
 
-        half = BLOCK // lanes // 2
-        totals = numbers.added(code, half, [numbers.zero] * len(some), step)
-        totals = numbers.added(code, half, totals, lambda turn, sums: step(turn, sums, half=1))
-        for (i, j), total in zip(some, totals, strict=True):
-            cell = code.add(code.mul(length, I64(i)), I64(j))
-            before = code.read(results, DOUBLE, cell)
-            code.write(code.fadd(before, code.sum_of(total)), results, DOUBLE, cell)
+        totals = numbers.added(code, steps, [numbers.zero] * len(cells), step)
+        total = dict(zip(cells, totals, strict=True))
+        for i in range(first, first + height):
+            found = code.sums_of([total.get((i, j), numbers.zero) for j in range(TILE)])
+            line = code.mul(length, I64(i))
+            before = code.read(results, DOUBLE, line, lanes=TILE)
+            code.write(code.fadd(before, found), results, DOUBLE, line)
     code.ret_void()
     return code.function
 
@@ -191,7 +208,8 @@ def _tile_function(
 def _tiles_function(
     module: ir.Module,
     numbers: Numbers,
-    row: Value,
+    base_row: Value,
+    model_row: Value,
     square: Value,
     triangle: Value,
     *,
@@ -218,8 +236,7 @@ def _tiles_function(
         totals,
     ) = code.function.args
     kind = numbers.kind
-    zeros, base = scratch, code.at(scratch, kind, I64(STRIDE))
-    first = code.at(base, kind, I64(STRIDE))
+    base, first = scratch, code.at(scratch, kind, I64(STRIDE))
     length = code.mul(tiles, I64(TILE))
 
     def block(number: Value, _: list[Value]) -> list[Value]:
@@ -227,23 +244,24 @@ def _tiles_function(
             place = code.mul(code.read(sizes, I64, row), block)
             return code.at(code.read(sources, POINTER, row), I8, place)
 
-        def widen(index: Value, _: list[Value]) -> list[Value]:
-            # Differences are taken between the weights themselves.
-            is_base = code.icmp_unsigned("==", index, I64(0))
-            subtrahend = zeros if differences else code.select(is_base, zeros, base)
+        def widen(function: Value, index: Value) -> None:
             code.call(
-                row,
+                function,
                 [
                     stored(index, number),
                     code.read(formats, I32, index),
-                    subtrahend,
+                    base,
                     code.at(base, kind, code.mul(index, I64(STRIDE))),
-                    code.at(moments, DOUBLE, code.mul(index, I64(3))),
+                    code.at(moments, DOUBLE, code.mul(index, I64(2))),
                 ],
             )
+
+        def model(index: Value, _: list[Value]) -> list[Value]:
+            widen(model_row, code.add(index, I64(1)))
             return []
 
-        code.repeat(rows, [], widen)
+        widen(base_row, I64(0))
+        code.repeat(code.sub(rows, I64(1)), [], model)
 
         def column(j: Value, later: list[Value]) -> list[Value]:
             def tile(i: Value, later: list[Value]) -> list[Value]:

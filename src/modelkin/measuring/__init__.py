@@ -97,6 +97,8 @@ def measure(
     cache: bool = False,
     threads: int | None = None,
     progress: "Progress | None" = None,
+    label: str = "kinship",
+    double: bool = False,
 ) -> GramStats:
     """The Gram statistics of the models' deltas, in one pass that reads each file once.
 
@@ -109,6 +111,9 @@ def measure(
         cache: keep the statistics, and use those of earlier calls on the same files.
         threads: how many cores to use; default: all that this process may.
         progress: where to show a bar, in bytes.
+        label: what the bar is called.
+        double: compute in float64 throughout, for nine digits and more; needs `cache` to be off,
+            whose statistics have eight.
 
     Raises:
         ConfigError: models that share a name, or fewer than one thread.
@@ -124,7 +129,16 @@ def measure(
     stored = StoredStatistics(base, models, comparison) if cache else None
     if stored and known is None:
         known = stored.load()
-    stats = stream(base, models, comparison, known=known, threads=threads, progress=progress)
+    stats = stream(
+        base,
+        models,
+        comparison,
+        known=known,
+        threads=threads,
+        progress=progress,
+        label=label,
+        double=double,
+    )
     if stored:
         stored.save(stats)
     return stats

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Bytes of weights, of all models together, that a thread takes at a time: enough that taking
 # costs nothing, little enough that threads end together.
-SLICE_BYTES = 24_000_000
+SLICE_BYTES = 48_000_000
 # Mapped pages count as resident memory until they are let go of; that is dear, so not too often.
 RESIDENT_BYTES = 320_000_000
 # Tensors of fewer elements are summed in double precision throughout: it costs nothing, and few
@@ -65,6 +65,8 @@ def stream(
     known: GramStats | None,
     threads: int | None,
     progress: "Progress | None",
+    label: str,
+    double: bool,
 ) -> GramStats:
     """What `modelkin.measuring.measure` does, without looking into the cache."""
     names = tuple(model.name for model in models)
@@ -80,9 +82,12 @@ def stream(
     # The known ones first: the kernel leaves out pairs of those.
     ordered = [*old, *(name for name in names if name not in old)]
     reading = _Pass(
-        [base, *(by_name[name] for name in ordered)], comparison, new=len(names) - len(old)
+        [base, *(by_name[name] for name in ordered)],
+        comparison,
+        new=len(names) - len(old),
+        double=double,
     )
-    reading.run(threads or _cores(), progress)
+    reading.run(threads or _cores(), progress, label)
     return _assemble(ordered, comparison, reading.found(), known).select(names)
 
 
@@ -101,11 +106,14 @@ def _cores() -> int:
 class _Pass:
     """One pass over the base (first) and the models: who reads what, and what came of it."""
 
-    def __init__(self, everyone: Sequence[Checkpoint], comparison: Comparison, new: int) -> None:
+    def __init__(
+        self, everyone: Sequence[Checkpoint], comparison: Comparison, *, new: int, double: bool
+    ) -> None:
         self._everyone = everyone
         self._names = comparison.tensors
         self._counts = list(comparison.counts.values())
         self._new = new
+        self._double = double
         self._tensors = [[one.tensors[name] for one in everyone] for name in self._names]
         self._formats = [[tensor.format for tensor in row] for row in self._tensors]
         # What an element costs to read, in bytes of all models.
@@ -125,10 +133,10 @@ class _Pass:
         models = len(self._everyone) - 1
         return [tensor.total or Sums.zero(models) for tensor in self._sums]
 
-    def run(self, threads: int, progress: "Progress | None") -> None:
+    def run(self, threads: int, progress: "Progress | None", label: str) -> None:
         """Read everything."""
         total = sum(count * width for count, width in zip(self._counts, self._widths, strict=True))
-        task = progress.add_task("kinship", total=total) if progress else None
+        task = progress.add_task(label, total=total) if progress else None
         if progress is not None and task is not None:
             self._advance = lambda done: progress.advance(task, done)
         try:
@@ -142,7 +150,8 @@ class _Pass:
                 progress.remove_task(task)
 
     def _precision(self, t: int) -> Precision:
-        return "double" if self._counts[t] < SMALL or "F64" in self._formats[t] else "single"
+        double = self._double or self._counts[t] < SMALL or "F64" in self._formats[t]
+        return "double" if double else "single"
 
     def _slice_size(self, t: int) -> int:
         # What is handed out can be many times what is stored, as where weights are quantised.
