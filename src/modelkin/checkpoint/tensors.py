@@ -113,6 +113,8 @@ class WeightFile:
                 self._map.madvise(mmap.MADV_DONTNEED)
 
     def _mapped(self) -> mmap.mmap:
+        if self._map is not None:  # as it is for all reads but one
+            return self._map
         with self._lock:
             if self._map is None:
                 with opened(self.path) as stream:
@@ -158,13 +160,16 @@ class MappedTensor:
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """The flat elements [start, stop), as a view of the mapped file."""
         start, stop = within(start, stop, self.count)
-        place = self.offset + start * itemsize(self.dtype)
+        place = self.offset + start * _ITEMSIZES[self.dtype]
         return self.weights.view(place, DTYPES[self.dtype], stop - start)
+
+
+_ITEMSIZES = {kind: np.dtype(bits).itemsize for kind, bits in DTYPES.items()}
 
 
 def itemsize(kind: str) -> int:
     """Bytes of one element of a format of `DTYPES`."""
-    return np.dtype(DTYPES[kind]).itemsize
+    return _ITEMSIZES[kind]
 
 
 def within(start: int, stop: int, count: int) -> tuple[int, int]:
