@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # costs nothing, little enough that threads end together.
 SLICE_BYTES = 48_000_000
 # Mapped pages count as resident memory until they are let go of; that is dear, so not too often.
-RESIDENT_BYTES = 320_000_000
+RESIDENT_BYTES = 384_000_000
 # Tensors of fewer elements are summed in double precision throughout: it costs nothing, and few
 # elements average out fewer rounding errors.
 SMALL = 1 << 16
