@@ -486,6 +486,50 @@ except SystemExit as done:
         assert len(json.loads((models / "out.json").read_text())["models"]) == len(DTYPES)
 
 
+@pytest.mark.parametrize(("engine", "reason"), [("native", "as asked"), ("auto", "weighted sum")])
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_merging_natively_is_light(method: str, engine: str, reason: str, models: Path) -> None:
+    """A whole native `modelkin merge` loads no package that merges or evaluates, and says why."""
+    recipe = {
+        "linear": "merge_method: linear\nparameters: {weight: 1}\n",
+        "slerp": "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\n",
+    }[method]
+    text = recipe + "dtype: bfloat16\nmodels: [{model: a}, {model: b}]\n"
+    (models / "recipe.yaml").write_text(text, encoding="utf-8")
+    words = ["merge", "recipe.yaml", "child", "--engine", engine, "--threads", "2"]
+    code = f"""
+import sys
+from modelkin.cli import app
+try:
+    app({words})
+except SystemExit as done:
+    print(done.code, [name for name in {HEAVY} if name in sys.modules])
+"""
+    first, *others = _python(code, models).splitlines()
+    assert first.startswith("engine native: ")
+    assert first.endswith(reason) or reason in first
+    assert others == ["made child", "0 []"]
+    assert (models / "child" / "modelkin.json").exists()
+
+
+def test_merging_by_mergekit_says_why(models: Path) -> None:
+    """A recipe that is no weighted sum is mergekit's; asked to do it natively, it is an error."""
+    pytest.importorskip("mergekit")
+    (models / "recipe.yaml").write_text(
+        "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {weight: 1, density: 0.5}\ndtype: float32\n",
+        encoding="utf-8",
+    )
+    done = _call("merge", "recipe.yaml", "out/child", "--engine", "native")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ties: merge_method ties is none of linear, ")
+    assert not list((models / "out").iterdir())
+    done = _call("merge", "recipe.yaml", "out/child")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("engine mergekit: merge_method ties is none of linear, ")
+    assert (models / "out" / "child" / "modelkin.json").exists()
+
+
 def test_a_dry_run_is_light(models: Path) -> None:
     """`modelkin evolve --dry-run` needs none of the packages that merge or evaluate."""
     code = f"""

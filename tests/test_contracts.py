@@ -23,7 +23,7 @@ from modelkin.evaluating.cache import evaluation_id, read_evaluation
 from modelkin.evaluating.command import CommandSettings
 from modelkin.evaluating.harness import HarnessSettings, TaskSettings
 from modelkin.evaluating.table import TableSettings
-from modelkin.merging import Mergekit, Merger
+from modelkin.merging import Mergekit, Merger, Native
 from modelkin.records import Subject, pedigree
 from modelkin.testing import FunctionEvaluator, FunctionMerger, ShuffledWorkers
 from modelkin.workers import InProcess, Workers
@@ -140,6 +140,17 @@ class TestMergekit(MergerContract):
         """An option that mergekit does not have is named at once."""
         with pytest.raises(ConfigError, match=r"merge\.options\.cuba: mergekit has no such option"):
             Mergekit({"cuba": True})
+
+
+class TestNative(TestMergekit):
+    """Our own pass keeps the facts of mergekit, but for its options."""
+
+    @pytest.fixture
+    def merger(self) -> Merger:
+        return Native()
+
+    def test_options_are_checked(self) -> None:
+        """It has none of mergekit's."""
 
 
 def spherical_mean(a_B: NDArray[np.float64], b_B: NDArray[np.float64]) -> NDArray[np.float64]:

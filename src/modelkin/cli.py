@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from modelkin.merging import Engine
     from modelkin.run import Plan, Run
 
 
@@ -236,21 +237,38 @@ def evaluate(model: str, config: Path, json_file: str | None) -> None:
 @app.command()
 @click.argument("recipe", type=PATH, metavar="RECIPE.YAML")
 @click.argument("out", type=PATH)
-def merge(recipe: Path, out: Path) -> None:
+@click.option(
+    "--engine",
+    # As in `merging.ENGINES`, which is not imported to print a help text.
+    type=click.Choice(["auto", "native", "mergekit"]),
+    default="auto",
+    help="Native is the fast one, for recipes of weighted sums; auto takes it where it can.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Of native. By default as many as cores."
+)
+def merge(recipe: Path, out: Path, engine: "Engine", threads: int | None) -> None:
     """Merge models by a mergekit recipe.
 
     The folder OUT appears whole or not at all.
     """
     from modelkin.config import load_yaml
-    from modelkin.merging import Mergekit, resolve_models
+    from modelkin.merging import Mergekit, Merger, Native, choose_engine, resolve_models
     from modelkin.progress import Bars
 
     config = load_yaml(recipe)
     if not isinstance(config, dict):
         raise ConfigError(f"{recipe}: expected keys and values, found {type(config).__name__}")
-    with _progress() as progress:
-        merger = Mergekit(on_progress=Bars(progress).inner("merging"))
-        merger.merge(resolve_models(config, recipe.parent), out.resolve())
+    config = resolve_models(config, recipe.parent)
+    chosen, reason = choose_engine(config, engine)
+    _console().print(f"engine {chosen}: {reason}", highlight=False, soft_wrap=True)
+    with _progress(unit="bytes" if chosen == "native" else "steps") as progress:
+        merger: Merger
+        if chosen == "native":
+            merger = Native(threads=threads, progress=progress)
+        else:
+            merger = Mergekit(on_progress=Bars(progress).inner("merging"))
+        merger.merge(config, out.resolve())
     _console().print(f"made {out}", highlight=False)
 
 

@@ -274,6 +274,8 @@ def _is_gradient(setting: Any) -> bool:
 
 def _depths(tensors: Sequence[str], layers: int | None) -> list[float] | NotLinear:
     """Where each tensor is: 0 in the first layer, 1 in the last, 0 outside of them."""
+    if not tensors:
+        return []
     outside = ("embeddings", "norm", "head", "other")
     groups = group(tensors, "layer")
     inside = {label: found for label, found in groups.items() if label not in outside}
