@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelkin.checkpoint.adapter import open_adapter
 from modelkin.checkpoint.folders import RECIPE_FILE, fingerprint, whole_folder
-from modelkin.checkpoint.gguf import GgufTensor, open_gguf
 from modelkin.checkpoint.hub import ADAPTER_CONFIG, locate
 from modelkin.checkpoint.model import HEAD, Checkpoint
 from modelkin.checkpoint.pickled import PICKLE_INDEX, PICKLE_SINGLE, open_pickled
@@ -77,6 +75,8 @@ def open_checkpoint(
     called = name or printable(str(source).rstrip("/").rsplit("/", 1)[-1])
     gguf = _gguf_file(path)
     if gguf is not None:
+        from modelkin.checkpoint.gguf import open_gguf
+
         parts = open_gguf(gguf)
         return _full(name or printable(gguf.stem), path, parts.config, parts.tensors, [gguf], None)
     if not holds_safetensors(path) and is_file(path / ADAPTER_CONFIG):
@@ -85,6 +85,8 @@ def open_checkpoint(
                 f"{source}: is a LoRA adapter: expected a full model here; an adapter is opened "
                 "together with the base model that it changes"
             )
+        from modelkin.checkpoint.adapter import open_adapter
+
         return open_adapter(
             path, base, name=called, revision=found_revision, allow_pickle=allow_pickle
         )
@@ -115,11 +117,8 @@ def _full(
         name: tensor for name, tensor in sorted(tensors.items()) if not (tied and name == HEAD)
     }
     # By identity: one a file.
-    held = {
-        id(tensor.weights): tensor.weights
-        for tensor in tensors.values()
-        if isinstance(tensor, (MappedTensor, GgufTensor))
-    }
+    mapped = (getattr(tensor, "weights", None) for tensor in tensors.values())
+    held = {id(weights): weights for weights in mapped if isinstance(weights, WeightFile)}
     return Checkpoint(
         name=name,
         folder=folder,

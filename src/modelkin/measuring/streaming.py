@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 # Bytes of weights, of all models together, that a thread takes at a time: enough that taking
 # costs nothing, little enough that threads end together.
-SLICE_BYTES = 48_000_000
+SLICE_BYTES = 24_000_000
 # Mapped pages count as resident memory until they are let go of; that is dear, so not too often.
-RESIDENT_BYTES = 384_000_000
+# This much may be resident, what threads are reading included.
+RESIDENT_BYTES = 400_000_000
 # Tensors of fewer elements are summed in double precision throughout: it costs nothing, and few
 # elements average out fewer rounding errors.
 SMALL = 1 << 16
@@ -126,6 +127,7 @@ class _Pass:
         self._lock = threading.Lock()
         self._stopped = False
         self._since_release = 0.0
+        self._release_after = 0.0
         self._advance: Callable[[float], object] = lambda _: None
 
     def found(self) -> list[Sums]:
@@ -143,6 +145,7 @@ class _Pass:
             # In the order of the base's file, so that a disk reads forward.
             base_T = [(str(row[0].file), row[0].offset) for row in self._tensors]
             order = sorted(range(len(base_T)), key=lambda t: base_T[t])
+            self._release_after = max(RESIDENT_BYTES - threads * SLICE_BYTES, SLICE_BYTES)
             self._work(self._jobs(order), threads)
             self._regain_digits()
         finally:
@@ -231,7 +234,7 @@ class _Pass:
         found = sums(weights, self._formats[one.tensor], new=self._new, precision=precision)
         with self._lock:
             self._since_release += self._size(one)
-            release = self._since_release > RESIDENT_BYTES
+            release = self._since_release > self._release_after
             if release:
                 self._since_release = 0
         if release:
