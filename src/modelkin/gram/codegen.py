@@ -155,7 +155,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         function = _declared(
             self.module, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32]
         )
-        self.call(function, [pointer, I32(0), I32(1), I32(1)])
+        self.call(function, [pointer, I32(0), I32(3), I32(1)])
 
     def repeat(
         self,

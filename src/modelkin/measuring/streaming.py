@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 # Bytes of weights, of all models together, that a thread takes at a time: enough that taking
 # costs nothing, little enough that threads end together.
-SLICE_BYTES = 24_000_000
+SLICE_BYTES = 48_000_000
 # Mapped pages count as resident memory until they are let go of; that is dear, so not too often.
 # This much may be resident, what threads are reading included.
-RESIDENT_BYTES = 400_000_000
+RESIDENT_BYTES = 440_000_000
 # Tensors of fewer elements are summed in double precision throughout: it costs nothing, and few
 # elements average out fewer rounding errors.
 SMALL = 1 << 16
