@@ -1,6 +1,6 @@
 """Native merges against copying the same bytes, and against mergekit-yaml.
 
-    python benchmarks/merge.py                   # the figures of docs/performance.md, some minutes
+    python benchmarks/merge.py                   # some minutes
     python benchmarks/merge.py --quick           # small models, to see that it works
 
 Makes a pair of random Llama-shaped bfloat16 checkpoints of 1.1B parameters in a scratch folder and

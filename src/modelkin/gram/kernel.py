@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelkin.gram import Float64Array
 from modelkin.gram.codegen import Processor, compiling, host
 from modelkin.gram.fused import FUSED, fused
 from modelkin.gram.precision import Precision, whole_blocks
 from modelkin.gram.tiled import TILE, tiled
-
-Float64Array = NDArray[np.float64]
 
 # Below this share of their squares the squared distance of two deltas is summed over the
 # differences themselves: taken from the products it would be rounding error.

@@ -23,7 +23,7 @@ from modelkin.measuring.comparing import Comparison
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# Bytes of weights, of all models together, that a thread takes at a time: enough that taking
+# Bytes of weights, of all models together, that one thread takes at a time: enough that taking
 # costs nothing, little enough that threads end together.
 SLICE_BYTES = 48_000_000
 # Mapped pages count as resident memory until they are let go of; that is dear, so not too often.
