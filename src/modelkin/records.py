@@ -87,12 +87,22 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A pairing with the recipe that carries it out; `model` is the recipe's id."""
+    """A pairing with the recipe that carries it out.
+
+    Attributes:
+        model: the child's id, which is the recipe's.
+        name: the child's name in its family.
+        recipe: how it is made.
+        exploration: see `Pairing`.
+        predicted: its kinship with each model known before it, by id, as the recipe alone says;
+            empty where the recipe is not linear in each tensor.
+    """
 
     model: str
     name: str
     recipe: Recipe
     exploration: bool = False
+    predicted: Mapping[str, "Similarity"] = field(default_factory=dict)
 
 
 class Similarity(NamedTuple):
@@ -187,11 +197,14 @@ class Merged:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model was evaluated; `evaluation` names the file of its per-sample outcomes."""
+    """A model was evaluated; `evaluation` names the file of its per-sample outcomes.
+
+    There is none for scores that somebody told.
+    """
 
     model: str
     scorecard: Scorecard
-    evaluation: str
+    evaluation: str | None
     seconds: float
     kind: Literal["scored"] = "scored"
 

@@ -71,6 +71,21 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a run spent.
+
+    Attributes:
+        merging, evaluating, measuring: seconds.
+        written: bytes of children's weights.
+    """
+
+    merging: float = 0.0
+    evaluating: float = 0.0
+    measuring: float = 0.0
+    written: int = 0
+
+
+@dataclass(frozen=True)
 class RunState:
     """Everything known about a run.
 
@@ -78,9 +93,10 @@ class RunState:
         started: the first event.
         base: the common base.
         members: id to member, in the order in which they were decided on.
-        kinship: unordered pair of ids to similarity.
+        kinship: unordered pair of ids to similarity, measured.
+        predictions: the same, predicted when a child was decided on, where its recipe allowed it.
         generation: the newest generation that was decided on; 0 before the first.
-        seconds: time spent on merging, evaluating and measuring.
+        cost: what was spent so far.
         stopped: why the run stopped, if it did and has not gone on since.
     """
 
@@ -88,9 +104,15 @@ class RunState:
     base: Founded | None = None
     members: Mapping[str, Member] = field(default_factory=dict)
     kinship: Mapping[frozenset[str], Similarity] = field(default_factory=dict)
+    predictions: Mapping[frozenset[str], Similarity] = field(default_factory=dict)
     generation: int = 0
-    seconds: float = 0.0
+    cost: Cost = Cost()
     stopped: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on merging, evaluating and measuring."""
+        return self.cost.merging + self.cost.evaluating + self.cost.measuring
 
     def ranked(self, generation: int | None = None) -> list[Member]:
         """Scored members up to a generation, the best first; of equals, the older first."""
@@ -106,9 +128,21 @@ class RunState:
         return {frozenset(member.parents) for member in self.members.values() if member.parents}
 
     def similarity(self, one: str, other: str, metric: Metric = "pcc") -> float | None:
-        """Similarity of two members by one metric; `None` where unknown or undefined."""
-        similarity = self.kinship.get(frozenset((one, other)))
+        """What choices go by: predicted where there is a prediction, or else measured.
+
+        A measured child has the noise of rounding in its delta, which a child that is not made, or
+        whose weights were given up, has not: so all children are compared as predicted.
+
+        Returns:
+            The similarity of two members by one metric; `None` where unknown or undefined.
+        """
+        pair = frozenset((one, other))
+        similarity = self.predictions.get(pair) or self.kinship.get(pair)
         return getattr(similarity, metric) if similarity else None
+
+    def as_measured(self) -> "RunState":
+        """The same with measured kinship in the place of predictions, where there is any."""
+        return replace(self, predictions={**self.predictions, **self.kinship})
 
     def mean_kinship(self, members: Iterable[Member], metric: Metric = "pcc") -> float | None:
         """Kinship of several members, the mean over pairs (paper eq. 4); `None` if unknown."""
@@ -135,8 +169,9 @@ def fold(events: Iterable[Event]) -> RunState:
     base: Founded | None = None
     members: dict[str, Member] = {}
     kinship: dict[frozenset[str], Similarity] = {}
+    predictions: dict[frozenset[str], Similarity] = {}
     generation = 0
-    seconds = 0.0
+    cost = Cost()
     stopped: str | None = None
     for event in events:
         match event:
@@ -167,21 +202,25 @@ def fold(events: Iterable[Event]) -> RunState:
                         recipe=recipe,
                         exploration=proposal.exploration,
                     )
+                    for other, similarity in proposal.predicted.items():
+                        predictions[frozenset((proposal.model, other))] = similarity
             case Merged():
                 members[event.model] = replace(members[event.model], fingerprint=event.fingerprint)
-                seconds += event.seconds
+                cost = replace(
+                    cost, merging=cost.merging + event.seconds, written=cost.written + event.bytes
+                )
             case Scored():
                 members[event.model] = replace(
                     members[event.model], scorecard=event.scorecard, evaluation=event.evaluation
                 )
-                seconds += event.seconds
+                cost = replace(cost, evaluating=cost.evaluating + event.seconds)
             case Measured():
                 for other, similarity in event.kinship.items():
                     kinship[frozenset((event.model, other))] = similarity
-                seconds += event.seconds
+                cost = replace(cost, measuring=cost.measuring + event.seconds)
             case Failed():
                 # A model that cannot be measured may have scores; they are not to be trusted.
                 members[event.model] = replace(members[event.model], failure=event, scorecard=None)
             case Stopped():
                 stopped = event.reason
-    return RunState(started, base, members, kinship, generation, seconds, stopped)
+    return RunState(started, base, members, kinship, predictions, generation, cost, stopped)
