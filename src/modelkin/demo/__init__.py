@@ -79,7 +79,7 @@ class DemoResult:
         """How far a finalist is ahead of the best foundation model, on held-out items."""
         found = paired_difference(one.samples, [self.foundation.samples])
         assert found is not None  # the harness keeps samples of all, on the same items
-        return Difference(100 * found.value, 100 * found.low, 100 * found.high)
+        return Difference(100 * found.value, 100 * found.low, 100 * found.high, found.p)
 
     def conclusion(self) -> str:
         """The last line: the best child, its parents, and what it gained on held-out items."""
