@@ -12,8 +12,8 @@ measures, in one run and each as a process of its own:
 - `mergekit-yaml` on the same recipes, as it is and with asynchronous writing, whichever is faster.
   (It does not wait for the disk.)
 
-Times are medians of rounds in which all take turns. The models are page-cached, and all that was
-written before is on disk. Needs mergekit. Prints a table and writes JSON.
+Times are medians of rounds in which all take turns, mergekit last. The models are page-cached, and
+all that was written before is on disk. Needs mergekit. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -110,24 +110,30 @@ def main() -> None:
         script = Path(sys.executable).with_name
         files = [str(file) for file in weight_files(models)]
         threads = str(chosen.threads)
-        commands = {"copy": [sys.executable, "-I", str(copy), threads, str(out), *files]}
+        copying = [sys.executable, "-I", str(copy), threads, str(out), *files]
+        commands = {"copy": copying}
+        others: dict[str, list[str]] = {}
         for method, recipe in recipes(models).items():
             file = work / f"{method}.yaml"
             file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
             native = [str(script("modelkin")), "merge", str(file), str(out), "--engine", "native"]
             theirs = [str(script("mergekit-yaml")), str(file), str(out), "--no-copy-tokenizer"]
-            commands |= {
-                f"native {method}": [*native, "--threads", threads],
+            commands[f"native {method}"] = [*native, "--threads", threads]
+            others |= {
                 f"mergekit {method}": [*theirs, "--num-threads", threads],
                 f"mergekit {method}, async": [
                     *(*theirs, "--num-threads", threads),
                     *("--async-write", "--write-threads", threads),
                 ],
             }
+        # Copying stands beside what it is compared with.
+        commands |= others
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
-        for name in ("copy", "native linear", "native slerp"):
-            measured(commands[name], out, work)  # the first of its kind warms caches
         for turn in range(chosen.rounds):
+            # The first processes after mergekit wait for memory that it has just given back, and
+            # the first of their kind for machine code.
+            for name in ("copy", "native linear", "native slerp"):
+                measured(commands[name], out, work)
             for name, command in commands.items():
                 runs[name].append(measured(command, out, work))
             print(f"round {turn + 1} of {chosen.rounds}", flush=True)

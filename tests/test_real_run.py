@@ -19,9 +19,30 @@ import modelkin as mk
 from modelkin.errors import ConfigError
 from modelkin.ledger import read_events
 from modelkin.records import Merged, Scored
-from modelkin.state import RunState
+from modelkin.state import Cost, RunState
 
 MODELKIN = Path(sys.executable).parent / "modelkin"
+
+
+# Merges of our own, and merges that only mergekit makes.
+MERGES = pytest.mark.parametrize(
+    "merge",
+    [
+        {"preset": "slerp"},
+        {
+            "template": {
+                "merge_method": "ties",
+                "base_model": "{base}",
+                "models": [
+                    {"model": f"{{parent_{n}}}", "parameters": {"weight": 0.5, "density": 0.7}}
+                    for n in (1, 2)
+                ],
+                "dtype": "bfloat16",
+            }
+        },
+    ],
+    ids=["native", "mergekit"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +76,14 @@ def write_run(folder: Path, zoo: Path, **changes: Any) -> Path:
     return path
 
 
-def test_real_models_are_bred(zoo: Path, tmp_path: Path) -> None:
+@MERGES
+def test_real_models_are_bred(zoo: Path, tmp_path: Path, merge: dict[str, Any]) -> None:
     """Real merges and evaluations give children that load, with scores, samples and kinship."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = mk.evolve(write_run(tmp_path, zoo))
+    run = mk.evolve(write_run(tmp_path, zoo, merge=merge))
+    assert bool(run.state.predictions) == ("preset" in merge)
     members = list(run.state.members.values())
     assert run.state.generation == 2
     assert all(member.failure is None for member in members)
@@ -164,10 +187,13 @@ def kill_when(command: list[str], happens: Callable[[], bool]) -> bool:
 
 def timeless(state: RunState) -> RunState:
     """The state but for the time that it took."""
-    return replace(state, seconds=0.0)
+    return replace(state, cost=Cost())
 
 
-def test_a_run_killed_in_the_middle_ends_the_same(zoo: Path, tmp_path: Path) -> None:
+@MERGES
+def test_a_run_killed_in_the_middle_ends_the_same(
+    zoo: Path, tmp_path: Path, merge: dict[str, Any]
+) -> None:
     """SIGKILL within a merge and within an evaluation costs no result and no recorded score."""
     (tmp_path / "score.py").write_text(SCRIPT, encoding="utf-8")
     log = tmp_path / "log"
@@ -177,7 +203,7 @@ def test_a_run_killed_in_the_middle_ends_the_same(zoo: Path, tmp_path: Path) -> 
         "command": [sys.executable, str(tmp_path / "score.py"), "{model}", str(log)],
         "tasks": ["task"],
     }
-    run_file = write_run(tmp_path, zoo, evaluation=evaluation)
+    run_file = write_run(tmp_path, zoo, evaluation=evaluation, merge=merge)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     command = [str(MODELKIN), "evolve", str(run_file), "--out", str(killed)]
 

@@ -22,7 +22,7 @@ from modelkin.measuring import kinship
 from modelkin.records import Event, Failed, Founded, Measured, Scored, Started, Subject
 from modelkin.report import failure_lines, terminal_table
 from modelkin.run import Run
-from modelkin.state import RunState
+from modelkin.state import Cost, RunState
 from modelkin.testing import FunctionEvaluator, FunctionMerger, ShuffledWorkers
 from modelkin.workers import Workers
 
@@ -115,7 +115,7 @@ def settings(zoo: Path, **changes: Any) -> RunConfig:
 
 def timeless(state: RunState) -> RunState:
     """The state but for the time that it took."""
-    return replace(state, seconds=0.0)
+    return replace(state, cost=Cost())
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ Every mistake is one line that names the key, what was expected and what was fou
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -18,7 +18,20 @@ from modelkin.records import Metric
 
 # Names that children get; a foundation model called so could not be told from them.
 _CHILD_NAME = re.compile(r"\d+-(\d+|exp)")
-_PLAIN_NAME = re.compile(r"[^\s+()/\\]+")
+
+
+class Storage(BaseModel):
+    """What of the children's weights stays on disk.
+
+    Attributes:
+        keep: `all`; `top-k`, the k best and those that are being made or scored; or `none` but the
+            latter. What is given up can be made again from its recipe, if that is linear in each
+            tensor.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: Literal["all", "top-k", "none"] = "all"
 
 
 class RunConfig(BaseModel):
@@ -31,6 +44,7 @@ class RunConfig(BaseModel):
         strategy, k, metric, seed, explore, limits, stop: see `evolution.Rules`.
         merge: see `merging.MergeSettings`.
         evaluation: see `evaluating`.
+        storage: see `Storage`.
         trust_remote_code: whether models may bring Python code that is run.
         folder: from which relative paths are taken: the run file's.
     """
@@ -48,6 +62,7 @@ class RunConfig(BaseModel):
     stop: EarlyStop = EarlyStop()
     merge: MergeSettings
     evaluation: EvaluationSettings
+    storage: Storage = Storage()
     trust_remote_code: bool = False
     folder: Path = Field(default=Path(), exclude=True)
 
@@ -77,11 +92,8 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"expected a name that no child will get (like 2-1 or 2-exp), found {name!r}"
                 )
-            if not _PLAIN_NAME.fullmatch(name):
-                raise ValueError(
-                    f"expected names without spaces, slashes, plus signs or brackets, "
-                    f"found {name!r}"
-                )
+            if not name.strip() or not name.isprintable():
+                raise ValueError(f"expected printable names, found {name!r}")
         return models
 
     @field_validator("evaluation", mode="before")

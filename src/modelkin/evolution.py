@@ -120,6 +120,42 @@ def propose(state: RunState, rules: Rules) -> tuple[Pairing, ...] | Stop:
     return tuple(pairings)
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """A generation that measured kinship would have chosen otherwise than predictions did.
+
+    Attributes:
+        generation: its number.
+        predicted: what predictions chose: pairs of parents' ids; empty where they said stop.
+        measured: what measured kinship would have chosen.
+    """
+
+    generation: int
+    predicted: tuple[tuple[str, str], ...]
+    measured: tuple[tuple[str, str], ...]
+
+
+def divergences(state: RunState, rules: Rules) -> tuple[Divergence, ...]:
+    """Where measured kinship would have chosen other merges than predictions did.
+
+    Each generation is decided on again, as it was then. Where a pair was not measured, its
+    prediction stands in.
+    """
+    # Limits stop a run whatever its kinship.
+    rules = rules.model_copy(update={"limits": Limits(generations=state.generation + 1)})
+    found = []
+    for generation in range(1, state.generation):
+        then = state.until(generation)
+        predicted, measured = (_pairs(propose(one, rules)) for one in (then, then.as_measured()))
+        if predicted != measured:
+            found.append(Divergence(generation + 1, predicted, measured))
+    return tuple(found)
+
+
+def _pairs(decision: tuple[Pairing, ...] | Stop) -> tuple[tuple[str, str], ...]:
+    return () if isinstance(decision, Stop) else tuple(pairing.parents for pairing in decision)
+
+
 def most_children(rules: Rules, foundations: int) -> int:
     """An upper bound on the number of children that a run can have.
 

@@ -114,6 +114,13 @@ class RunState:
         """Time spent on merging, evaluating and measuring."""
         return self.cost.merging + self.cost.evaluating + self.cost.measuring
 
+    def until(self, generation: int) -> "RunState":
+        """The state when a generation was settled, as far as decisions go."""
+        members = {
+            name: member for name, member in self.members.items() if member.generation <= generation
+        }
+        return replace(self, members=members, generation=generation, stopped=None)
+
     def ranked(self, generation: int | None = None) -> list[Member]:
         """Scored members up to a generation, the best first; of equals, the older first."""
         scored = [

@@ -41,8 +41,11 @@ class Trial:
     seed: int = 0
 
 
-def conduct(trial: Trial, merger: Merger, evaluator: Evaluator) -> tuple[Event, ...]:
-    """Carry out a trial; returns its events, the last of which settles the model."""
+def conduct(trial: Trial, merger: Merger, evaluator: Evaluator | None) -> tuple[Event, ...]:
+    """Carry out a trial; returns its events, the last of which settles the model.
+
+    Without an evaluator the model is made only, and waits for scores.
+    """
     events: list[Event] = []
     weights = trial.fingerprint
     if weights is None or not trial.folder.exists():
@@ -57,6 +60,8 @@ def conduct(trial: Trial, merger: Merger, evaluator: Evaluator) -> tuple[Event, 
         weights = fingerprint(checkpoint)
         size = sum(tensor.bytes for tensor in checkpoint.tensors.values())
         events.append(Merged(trial.model, weights, size, time.monotonic() - began))
+    if evaluator is None:
+        return tuple(events)
     subject = Subject(trial.name, trial.pedigree, str(trial.folder), weights)
     began = time.monotonic()
     try:

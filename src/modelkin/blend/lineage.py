@@ -161,11 +161,11 @@ class Lineage:
             share_TNK[:, :, 0] -= 1
         apart_TN = -np.sum((share_TNK @ self._apart_TKK) * share_TNK, axis=2) / 2
         crossed_TN = (share_TNK[:, :, 1:] @ stats.cross_TN[:, :, None])[:, :, 0]
-        return np.maximum(
-            # Rounding may take a length of 0 below it.
-            np.maximum(apart_TN, 0) + 2 * left_TN * crossed_TN + left_TN**2 * stats.base_T[:, None],
-            0,
-        )
+        leftover_TN = left_TN**2 * stats.base_T[:, None]
+        # Rounding may take a length of 0 below it.
+        square_TN = np.maximum(apart_TN, 0) + 2 * left_TN * crossed_TN + leftover_TN
+        found_TN: Float64Array = np.maximum(square_TN, 0)
+        return found_TN
 
 
 def flat_recipe(

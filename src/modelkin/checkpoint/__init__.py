@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelkin.checkpoint.folders import RECIPE_FILE, fingerprint, whole_folder
+from modelkin.checkpoint.folders import (
+    RECIPE_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    delete_folder,
+    fingerprint,
+    whole_folder,
+)
 from modelkin.checkpoint.hub import ADAPTER_CONFIG, locate
 from modelkin.checkpoint.model import HEAD, Checkpoint
 from modelkin.checkpoint.pickled import PICKLE_INDEX, PICKLE_SINGLE, open_pickled
@@ -38,11 +45,14 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "RECIPE_FILE",
     "SINGLE_FILE",
+    "TEMPLATE_FOLDER",
+    "TOKENIZER_FILES",
     "Checkpoint",
     "MappedTensor",
     "Tensor",
     "WeightFile",
     "as_float64",
+    "delete_folder",
     "fingerprint",
     "open_checkpoint",
     "whole_folder",

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,13 @@ from modelkin.checkpoint.safetensors import INDEX_FILE
 from modelkin.errors import ConfigError, DiskFullError, is_disk_full
 from modelkin.records import ID_LENGTH, canonical_json
 
-# What decides how a model answers, beside weights, JSON and code.
-TOKENIZER_FILES = ("tokenizer.model", "vocab.txt", "merges.txt", "chat_template.jinja")
+# What decides how a model answers, beside weights, JSON and code: patterns of names.
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab.*", "merges.txt", "*.tiktoken", "*sentencepiece*.model"),
+    *("spiece.model", "chat_template*"),
+)
+# Templates beside the chat template, by their names.
+TEMPLATE_FOLDER = "additional_chat_templates"
 # Written by modelkin or by training tools; says nothing about the weights.
 RECIPE_FILE = "modelkin.json"
 _NOT_FINGERPRINTED = {RECIPE_FILE, INDEX_FILE, "trainer_state.json", "training_args.json"}
@@ -39,7 +44,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             files |= {
                 path
                 for path in checkpoint.folder.iterdir()
-                if path.suffix in (".json", ".py") or path.name in TOKENIZER_FILES
+                if path.suffix in (".json", ".py")
+                or (any(map(path.match, TOKENIZER_FILES)) and not path.is_dir())
             }
     digests: dict[str, str] = {}
     for file in sorted(files):
@@ -58,12 +64,14 @@ def whole_folder(folder: Path, *, record: Mapping[str, Any]) -> Iterator[Path]:
     """A folder of the same name elsewhere, that becomes `folder` when the block ends well.
 
     `record` is written last, as `modelkin.json`, all files are flushed to disk, and the folder is
-    renamed: a folder that exists is whole. After an error nothing is left.
+    renamed: a folder that exists is whole. After an error nothing is left. What killed processes
+    left behind is taken away: of this folder everything, of finished ones beside it the empty rest.
 
     Raises:
         ConfigError: `folder` exists.
         DiskFullError: the disk filled up.
     """
+    _sweep(folder.parent)
     if folder.exists():
         raise ConfigError(f"{folder}: expected a folder that does not exist yet")
     try:
@@ -93,6 +101,29 @@ def whole_folder(folder: Path, *, record: Mapping[str, Any]) -> Iterator[Path]:
         if is_disk_full(error):
             raise DiskFullError(f"{folder}: the disk filled up while writing it") from error
         raise
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what is left where a process was killed between renaming a folder and tidying up.
+
+    Nobody is writing a folder that exists, and what is not empty is not removed.
+    """
+    for remains in parent.glob(".*.????????.partial"):
+        name = remains.name.removeprefix(".").removesuffix(".partial")[: -len(".????????")]
+        if (parent / name).exists():
+            with suppress(OSError):
+                remains.rmdir()
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, if it is there, so that what is left of it after a crash looks like none."""
+    # Its new name begins with a dot, and goes first: a folder that exists is whole.
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _flush(path: Path) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelkin.checkpoint.folders import TOKENIZER_FILES
+from modelkin.checkpoint.folders import TEMPLATE_FOLDER, TOKENIZER_FILES
 from modelkin.checkpoint.reading import check_path, is_file, printable, readable
 from modelkin.checkpoint.safetensors import holds_safetensors
 from modelkin.errors import CheckpointError, DiskFullError, is_disk_full, one_line
@@ -19,7 +19,16 @@ ADAPTER_PICKLE = "adapter_model.bin"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # Not `*.safetensors`: some repositories hold the weights a second time, under another name.
-_NEEDED = ("model*.safetensors", ADAPTER_WEIGHTS, "*.json", *TOKENIZER_FILES, "*.py")
+_NEEDED = (
+    *("model*.safetensors", ADAPTER_WEIGHTS, "*.json", *TOKENIZER_FILES, "*.py"),
+    f"{TEMPLATE_FOLDER}/*",
+)
+# Whatever lies in any other folder. There is no pattern for "not this name", but there is one for
+# each character that can differ from it, and for each beginning of it.
+_IGNORED = (
+    *(f"{TEMPLATE_FOLDER[:n]}[!{letter}]*/*" for n, letter in enumerate(f"{TEMPLATE_FOLDER}/")),
+    *(f"{TEMPLATE_FOLDER[:n]}/*" for n in range(1, len(TEMPLATE_FOLDER))),
+)
 
 
 def locate(source: str, revision: str | None, *, allow_pickle: bool) -> tuple[Path, str | None]:
@@ -81,7 +90,7 @@ def _snapshot(source: str, repository: str, revision: str | None, needed: Sequen
                 repository,
                 revision=revision,
                 allow_patterns=list(needed),
-                ignore_patterns=["*/*"],
+                ignore_patterns=list(_IGNORED),
             )
         )
     # Whatever the library and the HTTP client below it raise.

@@ -1,7 +1,7 @@
 """Models to scores: the seam to evaluators, and the cache that no evaluation is paid for twice.
 
 Knows nothing of families or merging. Each evaluator has a module of its own: `harness`
-(lm-evaluation-harness), `command` (any program), `table` (recorded scores).
+(lm-evaluation-harness), `command` (any program), `table` (recorded scores), `told` (people).
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from modelkin.evaluating.cache import Cached
 from modelkin.evaluating.command import Command, CommandSettings
 from modelkin.evaluating.harness import Harness, HarnessSettings
 from modelkin.evaluating.table import Table, TableSettings
+from modelkin.evaluating.told import Told, ToldSettings
 from modelkin.progress import OnProgress
 from modelkin.records import Evaluation, Subject
 
@@ -23,6 +24,8 @@ __all__ = [
     "Evaluator",
     "Harness",
     "Table",
+    "Told",
+    "ToldSettings",
     "make_evaluator",
 ]
 
@@ -53,13 +56,14 @@ def _kind(settings: Any) -> str:
 EvaluationSettings = Annotated[
     Annotated[HarnessSettings, Tag("lm-eval")]
     | Annotated[CommandSettings, Tag("command")]
-    | Annotated[TableSettings, Tag("table")],
+    | Annotated[TableSettings, Tag("table")]
+    | Annotated[ToldSettings, Tag("told")],
     Discriminator(_kind),
 ]
 
 
 def make_evaluator(
-    settings: HarnessSettings | CommandSettings | TableSettings,
+    settings: HarnessSettings | CommandSettings | TableSettings | ToldSettings,
     *,
     folder: Path,
     trust_remote_code: bool = False,
@@ -86,3 +90,5 @@ def make_evaluator(
             return Command(settings, folder=folder)
         case TableSettings():
             return Table(settings, folder=folder)
+        case ToldSettings():
+            return Told(settings)

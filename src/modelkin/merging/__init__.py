@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from modelkin.merging.engines import ENGINES, Choice, Engine, choose_engine
+from modelkin.merging.engines import ENGINES, Choice, EitherEngine, Engine, choose_engine
 from modelkin.merging.mergekit import Mergekit
-from modelkin.merging.native import Native
+from modelkin.merging.native import Native, obstacle
 from modelkin.merging.recipes import PRESETS, MergeSettings, fill, resolve_models
 from modelkin.merging.writing import write_child
 
@@ -19,6 +19,7 @@ __all__ = [
     "ENGINES",
     "PRESETS",
     "Choice",
+    "EitherEngine",
     "Engine",
     "MergeSettings",
     "Mergekit",
@@ -26,6 +27,7 @@ __all__ = [
     "Native",
     "choose_engine",
     "fill",
+    "obstacle",
     "resolve_models",
     "write_child",
 ]

@@ -15,14 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelkin.checkpoint import DTYPES, INDEX_FILE, Checkpoint, open_checkpoint, whole_folder
+from modelkin.checkpoint import (
+    DTYPES,
+    INDEX_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    Checkpoint,
+    open_checkpoint,
+    whole_folder,
+)
 from modelkin.errors import DiskFullError, MergeError, ModelkinError, is_disk_full, one_line
 
 # What a child takes from its donor beside the config. Patterns, within the folder itself.
 COPIED = (
-    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "*.tiktoken", "*sentencepiece*.model", "spiece.model"),
-    *("chat_template*", "additional_chat_templates", "*processor_config.json", "*.py"),
+    *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("*processor_config.json", "*.py", *TOKENIZER_FILES, TEMPLATE_FOLDER),
 )
 # Formats -> how a config names them.
 DTYPE_NAMES: Mapping[str, str] = {
@@ -207,8 +214,10 @@ def write_beside(
             shutil.copyfile(file, folder / file.name)
     recipe = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     front = {
-        # Of a path nobody else could tell what it is, and the Hub refuses it.
-        "base_model": [model for model in models if not Path(model).expanduser().is_dir()],
+        # Of a path nobody else could tell what it is, and the Hub refuses it; revisions too.
+        "base_model": [
+            model.partition("@")[0] for model in models if not Path(model).expanduser().is_dir()
+        ],
         "library_name": "transformers",
         "tags": ["merge", "modelkin"],
     }

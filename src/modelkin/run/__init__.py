@@ -3,7 +3,9 @@
 `evolution` decides, workers do, the ledger remembers; here they are joined. The state is always
 the fold of the ledger, so resuming is not a special path: the same call goes on where it was.
 
-`planning` looks ahead, `breeding` is the loop, `folder` reads what is there.
+`planning` looks ahead, `family` begins, decides and remembers, `breeding` is the loop that has the
+work done, `by_hand` is for people who do it themselves, `materialising` makes children again, and
+`folder` reads what is there.
 """
 
 import os
@@ -14,17 +16,41 @@ from rich.progress import Progress
 from modelkin.checkpoint import fingerprint, open_checkpoint
 from modelkin.config import RunConfig, load_config
 from modelkin.errors import ConfigError
-from modelkin.evaluating import Cached, Evaluator, make_evaluator
-from modelkin.ledger import LEDGER_FILE, open_ledger, read_events
-from modelkin.merging import Mergekit, Merger
+from modelkin.evaluating import Cached, Evaluator, ToldSettings, make_evaluator
+from modelkin.ledger import open_ledger
+from modelkin.merging import EitherEngine, Merger
 from modelkin.progress import Bars
-from modelkin.records import Evaluation, Founded, Subject
+from modelkin.records import Evaluation, Subject
+from modelkin.report import check_report
 from modelkin.run.breeding import Breeding
+from modelkin.run.by_hand import Asked, ask, read_scores, tell
+from modelkin.run.family import Family
 from modelkin.run.folder import Run, read_run
-from modelkin.run.planning import Plan, open_models, plan
+from modelkin.run.materialising import materialise
+from modelkin.run.planning import (
+    Plan,
+    begun_with,
+    cache_folder,
+    evaluations_folder,
+    open_models,
+    plan,
+)
 from modelkin.workers import InProcess, Workers
 
-__all__ = ["Plan", "Run", "default_folder", "evaluate", "evolve", "plan", "read_run"]
+__all__ = [
+    "Asked",
+    "Plan",
+    "Run",
+    "ask",
+    "default_folder",
+    "evaluate",
+    "evolve",
+    "materialise",
+    "plan",
+    "read_run",
+    "read_scores",
+    "tell",
+]
 
 
 def default_folder(run_file: Path) -> Path:
@@ -83,10 +109,12 @@ def evolve(
 
     Raises:
         ConfigError: a setting is wrong; nothing was done.
+        MissingExtraError: what the settings need is not installed; nothing was done.
         CheckpointError: a foundation model is not readable; nothing was done.
         LedgerError: the run folder belongs to other settings or models, or is in use.
         DiskFullError: the run can be resumed when there is room.
     """
+    check_report()
     if not isinstance(config, RunConfig):
         out = out or default_folder(Path(config))
         config = load_config(Path(config))
@@ -94,27 +122,24 @@ def evolve(
         raise ConfigError("evolve: expected 'out', the run folder, as no run file was given")
     folder = Path(out).resolve()
     bars = Bars(progress)
-    # A model on the Hub may have moved on since the run began; the run has not.
-    pinned: dict[tuple[str, str], str | None] = {
-        (event.role, event.name): event.revision for event in _founded(folder)
-    }
+    pinned = begun_with(folder)
     base, foundations = open_models(config, pinned)
     fresh = not pinned
     cached = _evaluator(config, folder / "evaluations", bars, evaluator, load=fresh)
     if merger is None:
-        merger = Mergekit(
+        merger = EitherEngine(
             config.merge.options,
             trust_remote_code=config.trust_remote_code,
+            progress=progress,
             on_progress=bars.inner("merging"),
         )
         merger.check(config.merge.config())
+    told = evaluator is None and isinstance(config.evaluation, ToldSettings)
     with open_ledger(folder) as ledger:
-        breeding = Breeding(
-            config, folder, ledger, base, merger, cached, workers or InProcess(), bars
-        )
-        breeding.begin(foundations, cache_folder(config, folder / "evaluations"))
-        breeding.breed()
-        return Run(folder, breeding.state)
+        family = Family(config, folder, ledger, base, foundations, bars)
+        family.begin(cached.protocol, evaluations_folder(config, folder))
+        Breeding(family, merger, None if told else cached, workers or InProcess(), bars).breed()
+        return Run(folder, family.state)
 
 
 def _evaluator(
@@ -133,16 +158,3 @@ def _evaluator(
         load=load,
     )
     return Cached(evaluator, cache_folder(config, cache))
-
-
-def cache_folder(config: RunConfig, default: Path) -> Path:
-    """Where evaluations are kept: where the settings say, or in `default`."""
-    given = config.evaluation.cache
-    return (config.folder / given if given else default).resolve()
-
-
-def _founded(folder: Path) -> list[Founded]:
-    """What a run began from, if it did."""
-    if not (folder / LEDGER_FILE).exists():
-        return []
-    return [event for event in read_events(folder) if isinstance(event, Founded)]

@@ -10,7 +10,9 @@ from modelkin.config import RunConfig
 from modelkin.errors import CheckpointError
 from modelkin.evaluating import make_evaluator
 from modelkin.evolution import most_children
+from modelkin.ledger import LEDGER_FILE, read_events
 from modelkin.measuring import compare
+from modelkin.records import Founded
 
 _DTYPE_BYTES = {"float32": 4, "float64": 8}  # everything else that mergekit writes has 2
 
@@ -23,7 +25,7 @@ class Plan:
         models: the base and the foundation models found.
         merges: number of children at most.
         evaluations: number of models evaluated at most.
-        bytes: size at most of the weights of the children that are still to be made.
+        bytes: size at most of the weights of children that are still to be kept at one time.
         free: room on the disk of the run folder, in bytes.
     """
 
@@ -58,13 +60,15 @@ def plan(config: RunConfig, folder: Path) -> Plan:
         else sum(tensor.bytes for tensor in model.tensors.values())
         for model in foundations
     )
+    # Those that stay, and the one that is being made.
+    most = {"all": merges, "top-k": config.k + 1, "none": 1}[config.storage.keep]
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     made = sum(path.is_dir() for path in (folder / "models").glob("[!.]*"))
     return Plan(
         models=(base, *foundations),
         merges=merges,
         evaluations=merges + len(foundations),
-        bytes=max(merges - made, 0) * largest,
+        bytes=max(min(merges, most) - made, 0) * largest,
         free=shutil.disk_usage(existing).free,
     )
 
@@ -87,3 +91,29 @@ def open_models(
     )
     compare(base, models)
     return base, models
+
+
+def begun_with(folder: Path) -> dict[tuple[str, str], str | None]:
+    """Role and name of each model that a run began from -> its commit on the Hub, if from there.
+
+    A model on the Hub may have moved on since; the run has not.
+    """
+    if not (folder / LEDGER_FILE).exists():
+        return {}
+    return {
+        (event.role, event.name): event.revision
+        for event in read_events(folder)
+        if isinstance(event, Founded)
+    }
+
+
+def cache_folder(config: RunConfig, default: Path) -> Path:
+    """Where evaluations are kept: where the settings say, or in `default`."""
+    given = config.evaluation.cache
+    return (config.folder / given if given else default).resolve()
+
+
+def evaluations_folder(config: RunConfig, folder: Path) -> str:
+    """The same as the ledger of the run in `folder` has it: relative if within the run folder."""
+    cache = cache_folder(config, folder / "evaluations")
+    return str(cache.relative_to(folder) if cache.is_relative_to(folder) else cache)
