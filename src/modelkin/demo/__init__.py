@@ -24,7 +24,7 @@ from modelkin.evaluating.harness import HarnessSettings
 from modelkin.merging import Mergekit
 from modelkin.progress import Bars
 from modelkin.records import Evaluation, Subject
-from modelkin.report import Row, rows
+from modelkin.report import Row, rows, write_report
 from modelkin.run import Run, evolve
 from modelkin.state import Member
 
@@ -112,7 +112,11 @@ class DemoResult:
             highlight=False,
             soft_wrap=True,
         )
-        console.print(f"Reports: {self.folder}/<strategy>/report.html", highlight=False)
+        console.print(
+            f"Report: {self.folder / 'report.html'}, and of each strategy in its own folder",
+            highlight=False,
+            soft_wrap=True,
+        )
         console.print(self.conclusion(), highlight=False, style="bold", soft_wrap=True)
 
     def _finalists_table(self) -> Table:
@@ -204,6 +208,7 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress | None = None) -
     if not uniform.exists():
         Mergekit().merge(_uniform_recipe(list(zoo.experts.values())), uniform)
     scorer = _Scorer(zoo, folder / "evaluations", Bars(progress))
+    write_report(folder / "report.html", [run.source() for run in runs.values()])
     finalists = [
         scorer.finalist("foundation", member, runs["greedy"])
         for member in runs["greedy"].state.members.values()

@@ -6,7 +6,8 @@ kinship is predicted when it is decided on, and it is made from the foundations 
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -419,10 +420,32 @@ def flat_recipe_of(
 def _environment() -> dict[str, str]:
     """Versions and hardware: what one needs to know to reproduce a run."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
+    found["processor"] = _processor()
     found["cpus"] = str(os.cpu_count())
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found["memory"] = f"{memory / 2**30:.0f} GiB"
+    if gpus := _entries(Path("/proc/driver/nvidia/gpus").glob("*/information"), "Model"):
+        found["gpus"] = ", ".join(gpus)
     for package in ("modelkin", "mergekit", "lm_eval", "transformers", "torch", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    # Linux says it in a file only.
+    named = _entries([Path("/proc/cpuinfo")], "model name")
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _entries(files: Iterable[Path], key: str) -> list[str]:
+    """The values of lines `key: value`, of those files that are there."""
+    found = []
+    for file in files:
+        with suppress(OSError):
+            lines = (line.partition(":") for line in file.read_text(errors="replace").splitlines())
+            found += [value.strip() for name, _, value in lines if name.strip() == key]
     return found
