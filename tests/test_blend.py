@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -323,6 +324,61 @@ def test_what_has_no_answer_is_refused(config: dict[str, Any], complaint: str) -
         coefficients(compiled(config, stats.tensors), stats, known)
 
 
+def test_the_first_tensor_without_answer_is_named() -> None:
+    """Of several complaints about several tensors, the first tensor's is made."""
+    base, models = some_models(5)
+    names = zero, opposite, cancelled = "model.norm.weight", *sorted(base)[:2]
+    models["a"] = {**models["a"], zero: base[zero], opposite: 2 * base[opposite]}
+    models["b"] = {**models["b"], opposite: 0 * base[opposite]}
+
+    def complaint(*some: str) -> str:
+        """What is said of these tensors, in their order."""
+        stats = stats_of(
+            {name: base[name] for name in some},
+            {m: {name: model[name] for name in some} for m, model in models.items()},
+        )
+        third = [{"filter": cancelled, "value": -2}, {"value": 1e-9}]
+        config = recipe(
+            "multislerp", {"a": 1, "b": 1, "far": third}, base="base", parameters={"eps": 0}
+        )
+        with pytest.raises(MergeError) as raised:
+            factors(config, stats)
+        return str(raised.value)
+
+    assert complaint(*names).startswith(f"multislerp: {zero}: expected eps above 0")
+    assert complaint(opposite, zero, cancelled).startswith(
+        f"multislerp: {opposite}: expected directions whose weighted sum is not 0"
+    )
+    assert complaint(cancelled, zero, opposite).startswith(
+        f"multislerp: {cancelled}: expected weights whose sum is not 0"
+    )
+
+
+@pytest.mark.parametrize("name", [*DEFINITIONS, "karcher"])
+def test_every_tensor_has_factors_of_its_own(name: str) -> None:
+    """All tensors together have the factors that each has by itself, whatever the others need."""
+    base, models = some_models(9, near=0.3)
+    # One tensor did not change, one is zero, two parents are one, and two are opposite.
+    kept, none, same, opposite = sorted(base)[:4]
+    models["a"] = {**models["a"], none: 0 * base[none]}
+    one = models["a"]
+    changed = {kept: base[kept], same: one[same], opposite: -one[opposite]}
+    models["b"] = {**models["b"], **changed}
+    config = DEFINITIONS[name][0] if name in DEFINITIONS else recipe("karcher", {"a": 1, "b": 1})
+    if name == "karcher":
+        # Some arrive at once, some take many steps, some are stopped on the way.
+        turns = [{"filter": "q_proj", "value": 1}, {"filter": "mlp", "value": 40}, {"value": 5}]
+        config |= {"parameters": {"max_iter": turns, "tol": 1e-11}}
+        config["models"].append({"model": "far"})
+    together = factors(config, stats_of(base, models))
+    for t, tensor in enumerate(base):
+        parts = {m: {tensor: model[tensor]} for m, model in models.items()}
+        alone = factors(config, stats_of({tensor: base[tensor]}, parts))
+        found_K = np.append(together.model_TN[t], together.base_T[t])
+        expected_K = np.append(alone.model_TN[0], alone.base_T[0])
+        assert np.allclose(found_K, expected_K, rtol=1e-12, atol=1e-14), tensor
+
+
 def test_a_plan_is_for_its_tensors() -> None:
     """Factors are not taken from statistics of other tensors than were planned for."""
     with pytest.raises(MergeError, match="found one for 18"):
@@ -595,6 +651,22 @@ def test_distances_to_near_identical_models_keep_their_digits() -> None:
     # The parent itself is no distance from itself.
     same = child_statistics(stats, factors(recipe("linear", {"a": 1}), stats))
     assert np.all(same.distance_TN[:, 0] == 0)
+
+
+def test_only_rows_of_parents_are_looked_at() -> None:
+    """What models that are no parents have in common has no part in a child's statistics."""
+    base, models = some_models(10)
+    stats = stats_of(base, {**models, "far too": models["far"]})
+    c = factors(recipe("multislerp", {"a": 1, "b": 3}), stats)
+    unknown = replace(stats, gram_TNN=stats.gram_TNN.copy(), distance_TNN=stats.distance_TNN.copy())
+    for values_TNN in (unknown.gram_TNN, unknown.distance_TNN):
+        values_TNN[:, [2, 3], [3, 2]] = np.nan
+    found, expected = (vars(child_statistics(each, c)) for each in (unknown, stats))
+    for name, values in expected.items():
+        assert np.array_equal(found[name], values), name
+    itself = child_statistics(stats, replace(c, base_T=c.base_T + 1, model_TN=0 * c.model_TN))
+    assert np.all(itself.gram_TN == 0)
+    assert np.array_equal(itself.distance_TN, np.diagonal(stats.gram_TNN, axis1=1, axis2=2))
 
 
 def test_rows_are_joined_to_their_own_statistics() -> None:

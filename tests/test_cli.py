@@ -549,10 +549,12 @@ def test_what_modelkin_exports_is_pinned() -> None:
     assert mk.__all__ == [
         "Kinship",
         "ModelkinError",
+        "Preview",
         "Run",
         "__version__",
         "evolve",
         "kinship",
+        "preview",
         "read_run",
     ]
     assert all(hasattr(mk, name) for name in mk.__all__)

@@ -3,6 +3,7 @@
     import modelkin as mk
 
     mk.kinship("base", ["model-a", "model-b"]).pcc_NN
+    mk.preview("base", ["model-a", "model-b"]).children
     mk.evolve("run.yaml").best
 
 Importing this loads next to nothing: each name is imported when it is first used, so that
@@ -14,19 +15,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modelkin.errors import ModelkinError
     from modelkin.measuring import kinship
+    from modelkin.previewing import Preview, preview
     from modelkin.run import Run, evolve, read_run
     from modelkin.similarity import Kinship
 
 __version__ = "0.1.0"
 
-__all__ = ["Kinship", "ModelkinError", "Run", "__version__", "evolve", "kinship", "read_run"]
+__all__ = [
+    "Kinship",
+    "ModelkinError",
+    "Preview",
+    "Run",
+    "__version__",
+    "evolve",
+    "kinship",
+    "preview",
+    "read_run",
+]
 
 _MODULES = {
     "Kinship": "modelkin.similarity",
     "ModelkinError": "modelkin.errors",
+    "Preview": "modelkin.previewing",
     "Run": "modelkin.run",
     "evolve": "modelkin.run",
     "kinship": "modelkin.measuring",
+    "preview": "modelkin.previewing",
     "read_run": "modelkin.run",
 }
 

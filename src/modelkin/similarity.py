@@ -226,18 +226,54 @@ def kinship_from(
     gram_NN = stats.gram_TNN.sum(axis=0)
     # cov(d_i, d_j) * n = d_i . d_j - sum(d_i) sum(d_j) / n
     covariance_NN = gram_NN - np.outer(sum_N, sum_N) / max(count, 1)
+    variation_N = _variation(np.diag(covariance_NN), np.diag(gram_NN))
+    square_N = _variation(np.diag(gram_NN), np.diag(gram_NN))
     return Kinship(
         base=base,
         models=stats.models,
         compared_parameters=count,
         total_parameters=total_parameters,
-        pcc_NN=_normalised(covariance_NN, np.diag(gram_NN)),
-        cs_NN=_normalised(gram_NN, np.diag(gram_NN)),
+        pcc_NN=_normalised(covariance_NN, variation_N, variation_N),
+        cs_NN=_normalised(gram_NN, square_N, square_N),
         ed_NN=np.sqrt(stats.distance_TNN.sum(axis=0)),
         left_out=left_out,
         rows_left_out=rows_left_out or {},
         stats=stats,
     )
+
+
+def similarities(
+    stats: GramStats,
+    *,
+    total: float,
+    square: float,
+    gram_N: Float64Array,
+    distance_N: Float64Array,
+) -> dict[str, Similarity]:
+    """One more model's similarity to each of the N, as `kinship_from` has it of all to all.
+
+    Args:
+        stats: of the N models.
+        total: sum of the elements of its delta, over all tensors.
+        square: sum of their squares.
+        gram_N: sum of its delta times each model's.
+        distance_N: sum of the squares of their differences.
+    """
+    count = max(int(stats.count_T.sum()), 1)
+    sum_N = stats.sum_TN.sum(axis=0)
+    square_N = np.diagonal(stats.gram_TNN, axis1=1, axis2=2).sum(axis=0)
+    own_1 = np.array([square])
+    pcc_1N = _normalised(
+        (gram_N - total * sum_N / count)[None],
+        _variation(own_1 - total**2 / count, own_1),
+        _variation(square_N - sum_N**2 / count, square_N),
+    )
+    cs_1N = _normalised(gram_N[None], _variation(own_1, own_1), _variation(square_N, square_N))
+    found = zip(pcc_1N[0].tolist(), cs_1N[0].tolist(), np.sqrt(distance_N).tolist(), strict=True)
+    return {
+        name: Similarity(_number(pcc), _number(cs), ed)
+        for name, (pcc, cs, ed) in zip(stats.models, found, strict=True)
+    }
 
 
 def _resemblance(stats: GramStats) -> tuple[Float64Array, Float64Array]:
@@ -282,18 +318,23 @@ def _subset(stats: GramStats, positions: list[int]) -> GramStats:
     )
 
 
-def _normalised(
-    products_NN: NDArray[np.float64], square_N: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """products_ij / sqrt(products_ii * products_jj); NaN where a model has no variation.
+def _variation(own_N: Float64Array, square_N: Float64Array) -> Float64Array:
+    """The models' own products; NaN where one has no variation.
 
     A variance that is pure rounding error of the delta's square counts as none.
     """
-    own_N = np.diag(products_NN)
-    own_N = np.where(own_N > 1e-14 * square_N, own_N, np.nan)
+    return np.where(own_N > 1e-14 * square_N, own_N, np.nan)
+
+
+def _normalised(
+    products_MN: Float64Array, own_M: Float64Array, own_N: Float64Array
+) -> Float64Array:
+    """products_ij / sqrt(own_i * own_j), -1 to 1."""
     # Each model is scaled by a power of two, which changes no digit: the product of two squares
     # may be beyond float64.
-    scale_N = -(np.frexp(np.where(np.isnan(own_N), 1.0, own_N))[1] // 2)
-    products_NN = np.ldexp(np.ldexp(products_NN, scale_N[:, None]), scale_N)
-    own_N = np.ldexp(own_N, 2 * scale_N)
-    return np.clip(products_NN / np.sqrt(np.outer(own_N, own_N)), -1.0, 1.0)
+    scale_M, scale_N = (
+        -(np.frexp(np.where(np.isnan(own), 1.0, own))[1] // 2) for own in (own_M, own_N)
+    )
+    products_MN = np.ldexp(np.ldexp(products_MN, scale_M[:, None]), scale_N)
+    own_MN = np.outer(np.ldexp(own_M, 2 * scale_M), np.ldexp(own_N, 2 * scale_N))
+    return np.clip(products_MN / np.sqrt(own_MN), -1.0, 1.0)

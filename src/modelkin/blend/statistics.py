@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modelkin.errors import MergeError
 from modelkin.gram import Float64Array, GramStats
@@ -94,25 +95,29 @@ def child_statistics(stats: GramStats, c: Coefficients) -> ChildStatistics:
     Raises:
         MergeError: `c` is of other tensors, or of models that `stats` has not.
     """
-    model_TN = _aligned(stats, c)
-    sum_T = model_TN.sum(axis=1)
+    # A child has few parents, and their rows are all that is looked at.
+    at_P, factor_TP = _parents(stats, c)
+    factor_T1P = factor_TP[:, None, :]
+    sum_T = factor_TP.sum(axis=1)
     left_T = c.base_T + sum_T - 1
-    gram_TN = (model_TN[:, None, :] @ stats.gram_TNN)[:, 0]
-    crossed_T = np.sum(model_TN * stats.cross_TN, axis=1)
+    crossed_T = np.sum(factor_TP * stats.cross_TN[:, at_P], axis=1)
 
-    weight_TK = np.column_stack([1 - sum_T, model_TN])
-    from_all_TK = (weight_TK[:, None, :] @ distances(stats))[:, 0]
-    spread_T = np.sum(weight_TK * from_all_TK, axis=1) / 2
+    to_base_TN = np.diagonal(stats.gram_TNN, axis1=1, axis2=2)
+    rest_T = 1 - sum_T
+    from_base_T = np.sum(factor_TP * to_base_TN[:, at_P], axis=1)
+    from_all_TN = (factor_T1P @ stats.distance_TNN[:, at_P])[:, 0] + rest_T[:, None] * to_base_TN
+    spread_T = (rest_T * from_base_T + np.sum(factor_TP * from_all_TN[:, at_P], axis=1)) / 2
     # Of e to 0 and to each delta; rounding may take one that is 0 below it.
-    apart_TK = np.maximum(from_all_TK - spread_T[:, None], 0)
+    apart_T = np.maximum(from_base_T - spread_T, 0)
+    apart_TN = np.maximum(from_all_TN - spread_T[:, None], 0)
     leftover_T = left_T**2 * stats.base_T
     return ChildStatistics(
-        sum_T=np.sum(model_TN * stats.sum_TN, axis=1) + left_T * stats.base_sum_T,
+        sum_T=np.sum(factor_TP * stats.sum_TN[:, at_P], axis=1) + left_T * stats.base_sum_T,
         cross_T=crossed_T + left_T * stats.base_T,
-        square_T=np.maximum(apart_TK[:, 0] + 2 * left_T * crossed_T + leftover_T, 0),
-        gram_TN=gram_TN + left_T[:, None] * stats.cross_TN,
+        square_T=np.maximum(apart_T + 2 * left_T * crossed_T + leftover_T, 0),
+        gram_TN=(factor_T1P @ stats.gram_TNN[:, at_P])[:, 0] + left_T[:, None] * stats.cross_TN,
         distance_TN=np.maximum(
-            apart_TK[:, 1:]
+            apart_TN
             + 2 * left_T[:, None] * (crossed_T[:, None] - stats.cross_TN)
             + leftover_T[:, None],
             0,
@@ -165,8 +170,8 @@ def flatten(child: Coefficients, family: Mapping[str, Coefficients]) -> Coeffici
     raise MergeError(f"flatten: expected a family tree, found that {merged[0]} is its own ancestor")
 
 
-def _aligned(stats: GramStats, c: Coefficients) -> Float64Array:
-    """The factors of all models of the statistics."""
+def _parents(stats: GramStats, c: Coefficients) -> tuple[NDArray[np.intp], Float64Array]:
+    """Where the P models with a share in the child are in the statistics, and their factors."""
     if c.tensors != stats.tensors:
         raise MergeError(
             f"child statistics: expected coefficients of the {len(stats.tensors)} tensors of the "
@@ -175,9 +180,9 @@ def _aligned(stats: GramStats, c: Coefficients) -> Float64Array:
     unknown = [name for name in c.models if name not in stats.models]
     if unknown:
         raise MergeError(f"child statistics: expected models of the statistics, found {unknown[0]}")
-    model_TN = np.zeros(stats.sum_TN.shape)
-    model_TN[:, [stats.models.index(name) for name in c.models]] = c.model_TN
-    return model_TN
+    share_P = np.flatnonzero(np.any(c.model_TN, axis=0))
+    at_P = np.array([stats.models.index(c.models[p]) for p in share_P], np.intp)
+    return at_P, c.model_TN[:, share_P]
 
 
 def _bordered(old_TNN: Float64Array, row_TN: Float64Array, corner_T: Float64Array) -> Float64Array:

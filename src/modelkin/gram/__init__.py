@@ -51,6 +51,7 @@ class GramStats:
             models=tuple(models),
             sum_TN=self.sum_TN[:, n],
             cross_TN=self.cross_TN[:, n],
-            gram_TNN=self.gram_TNN[:, n][:, :, n],
-            distance_TNN=self.distance_TNN[:, n][:, :, n],
+            # Both axes at once: one after the other would copy rows of all models first.
+            gram_TNN=self.gram_TNN[:, np.array(n, int)[:, None], n],
+            distance_TNN=self.distance_TNN[:, np.array(n, int)[:, None], n],
         )
