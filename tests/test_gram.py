@@ -23,7 +23,7 @@ from checkpoints import (
     perturbed,
     write_checkpoint,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -531,8 +531,8 @@ def test_statistics_do_not_depend_on_the_way(
 
     In single precision too: blocks lie where they lay, and are added up in float64. The squared
     distance of four or more models is the exception: where a slice takes it from the products,
-    and another slice from the differences, it changes by a rounding error of the products, here
-    up to 1e-7 of their norms.
+    and another slice from the differences, it changes by a rounding error of the products, three
+    units of float32 of their norms at most.
     """
     order = data.draw(st.permutations(range(1, models + 1)))
     tensors = _tensors(seed, models)
@@ -552,17 +552,18 @@ def test_statistics_do_not_depend_on_the_way(
     exact = models <= FUSED or not single
     near = replace(found.select(expected.models), distance_TNN=expected.distance_TNN)
     _assert_same(found if exact else near, expected, 1e-13)
-    _assert_same(found, expected, 1e-7)
+    _assert_same(found, expected, 3 * 2**-24)
 
 
 @settings(max_examples=10, deadline=None)
+@example(seed=117728, models=2, small=False)  # the two differ by 1.03e-7
 @given(seed=st.integers(0, 2**32 - 1), models=st.integers(2, 5), small=st.booleans())
 def test_formats_that_hold_the_same_numbers_agree(seed: int, models: int, small: bool) -> None:
-    """bfloat16 weights stored as float32 give the same bits; as float64, the same to 1e-7.
+    """bfloat16 weights stored as float32 give the same bits; as float64, the same to 2e-7.
 
     Tensors with a float64 source are summed in double precision throughout, large ones of the
-    other formats in single precision within blocks: that is the difference of up to 1e-7 of the
-    norms. Small tensors, always summed in double, give the same bits.
+    other formats in single precision within blocks: that is the difference, of three units of
+    float32 of the norms at most. Small tensors, always summed in double, give the same bits.
     """
     tensors = [
         {name: _values(_at(encoded(row, "BF16"), "BF16", 0), "BF16") for name, row in one.items()}
@@ -583,7 +584,7 @@ def test_formats_that_hold_the_same_numbers_agree(seed: int, models: int, small:
             ]
         )
     _assert_same(single, brain, 0)
-    _assert_same(double, brain, 0 if small else 1e-7)
+    _assert_same(double, brain, 0 if small else 3 * 2**-24)
 
 
 # The cache of machine code
