@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from test_flat_run import bred, children, linear, present, whole
-from test_run import models, near_target, timeless
+from test_run import models, near_target, settings, timeless
 
 from modelkin import evolve, read_run
 from modelkin.config import RunConfig
@@ -18,7 +18,8 @@ from modelkin.errors import ConfigError, LedgerError
 from modelkin.ledger import read_events
 from modelkin.merging import Native
 from modelkin.records import Merged
-from modelkin.run import Run, ask, tell
+from modelkin.run import Run, ask, materialise, read_scores, tell
+from modelkin.testing import FunctionMerger
 
 __all__ = ["models", "whole"]
 
@@ -108,6 +109,9 @@ def test_evolve_makes_children_whose_scores_are_told(models: Path, tmp_path: Pat
         ("a", {"near": True, "flat": 1}, r"near: expected a number, found True"),
         ("a", {"near": float("nan"), "flat": 1}, r"near: expected a number, found nan"),
         ("a", {"near": {"stderr": 1}, "flat": 1}, r"near: expected a number, or value"),
+        ("a", {"near": 10**400, "flat": 1}, r"near: expected a number, found 1000"),
+        ("a", {"near": 1.5e308, "flat": 1.5e308}, r"expected numbers with a mean"),
+        ("a", {"near": {"value": 1, "stderr": -1}, "flat": 1}, r"stderr: expected none below 0"),
         ("a", {"near": {"value": 1, "n": 0}, "flat": 1}, r"n: expected a number of items, found 0"),
         ("a", {"near": 1, "flat": 0, "average": 0.9}, r"average: expected 0.5000, .*found 0.9"),
         ("a", [1, 2], r"expected tasks with their scores, found list"),
@@ -123,6 +127,22 @@ def test_wrong_scores_are_refused(
     with pytest.raises(ConfigError, match=said):
         tell(folder, model, scores)
     assert read_events(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, r"scores.json: expected JSON: maximum recursion"),
+        (b'{"near": 1, "near": 2, "flat": 1}', r"distinct keys, found near, near, flat"),
+        (b"\xff", r"scores.json: expected JSON: 'utf-8'"),
+        (b"", r"scores.json: expected JSON"),
+    ],
+)
+def test_files_of_scores_may_be_anything(tmp_path: Path, content: bytes, said: str) -> None:
+    """What is no JSON, or says two things of one task, is an error of one line."""
+    (tmp_path / "scores.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        read_scores(tmp_path / "scores.json")
 
 
 def test_scores_are_told_once(models: Path, tmp_path: Path) -> None:
@@ -144,6 +164,113 @@ def test_asking_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"is no run folder"):
         tell(tmp_path / "none", "a", {})
     assert not (tmp_path / "none").exists()
+
+
+def test_the_tasks_of_a_run_stay(models: Path, tmp_path: Path) -> None:
+    """Scores of other tasks do not get into a run, by asking with another run file."""
+    folder = tmp_path / "run"
+    ask(folder, told(models))
+    other = linear(models, evaluation={"evaluator": "told", "tasks": ["near", "far"]})
+    with pytest.raises(LedgerError, match=r"started with the tasks near, flat, found near, far"):
+        ask(folder, other)
+    tell(folder, "a", {"near": 1, "flat": 1})
+
+
+def test_nobody_waits_for_children_that_cannot_be_made(models: Path, tmp_path: Path) -> None:
+    """A child that its method has no answer for is a failure, and not asked for."""
+    weighted = [
+        {"model": f"{{parent_{number}}}", "parameters": {"weight": weight}}
+        for number, weight in ((1, 1), (2, -1))
+    ]
+    template = {"merge_method": "linear", "models": weighted, "dtype": "float32"}
+    folder = tmp_path / "run"
+    ask(folder, told(models, merge={"template": template}))
+    for name in "abc":
+        tell(folder, name, {"near": 1, "flat": 1})
+    asked = ask(folder)
+    assert (asked.waiting, asked.recipes) == ((), {})
+    assert asked.stopped == "no pair is left that was not merged before"
+    failures = [member.failure for member in children(read_run(folder).state)]
+    assert all(failure and "weights" in failure.message for failure in failures)
+    assert len(failures) == 3
+
+
+def test_paths_stay_relative_to_the_run_file(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that the template names is found from wherever the run is asked."""
+    third = [{"model": name, "parameters": {"weight": 1}} for name in ("{parent_1}", "c")]
+    template = {
+        "merge_method": "linear",
+        "models": [*third, {"model": "{parent_2}", "parameters": {"weight": 1}}],
+    }
+    folder = tmp_path / "run"
+    ask(folder, told(models, models=["a", "b"], merge={"template": template}))
+    for name in "ab":
+        tell(folder, name, {"near": 1, "flat": 1})
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        (recipe,) = ask(folder).recipes.values()
+        assert recipe["models"][1]["model"] == str(models / "c")
+    materialise(folder, "1-1", tmp_path / "out")
+
+
+def test_a_parent_that_was_told_may_be_impossible_to_make(models: Path, tmp_path: Path) -> None:
+    """Where the weights of a told parent cannot be made, its child fails and not the run."""
+    folder = tmp_path / "run"
+    evaluation = {"evaluator": "told", "tasks": ["near", "flat"]}
+    config = settings(models, evaluation=evaluation)
+    ask(folder, config)
+    for position, name in enumerate(["a", "b", "c", "1-1", "1-2", "1-3"]):
+        tell(folder, name, {"near": position, "flat": 1})
+        ask(folder)
+
+    def spoil(_config: Mapping[str, Any], _folder: Path) -> None:
+        raise RuntimeError("no merge today")
+
+    run = evolve(config, out=folder, merger=FunctionMerger(spoil))
+    failed = [member.failure for member in run.state.members.values() if member.failure]
+    assert failed
+    assert all("no merge today" in failure.message for failure in failed)
+
+
+def test_parents_that_recipes_need_are_named(models: Path, tmp_path: Path) -> None:
+    """Where children are made of their parents, those that nobody made are said, and can be."""
+    models_of = ["{parent_1}", "{parent_2}", str(models / "c")]
+    template = {
+        "merge_method": "linear",
+        "models": [{"model": model, "parameters": {"weight": 1}} for model in models_of],
+    }
+    folder = tmp_path / "run"
+    ask(folder, told(models, models=["a", "b"], merge={"template": template}))
+    for name in ("a", "b", "1-1"):
+        tell(folder, name, {"near": 1, "flat": 1})
+        asked = ask(folder)
+    assert set(asked.recipes) == {"2-1", "2-2"}
+    (parent,) = asked.absent
+    assert parent == "1-1"
+    materialise(folder, parent, asked.absent[parent])
+    assert not ask(folder).absent
+    for name, recipe in asked.recipes.items():
+        Native().merge(recipe, tmp_path / name)
+
+
+def test_telling_shows_in_the_report(models: Path, tmp_path: Path) -> None:
+    """The report has scores as soon as they were told."""
+    folder = tmp_path / "run"
+    ask(folder, told(models))
+    before = (folder / "report.html").read_text(encoding="utf-8")
+    tell(folder, "a", {"near": 0.123, "flat": 0.321})
+    assert (folder / "report.html").read_text(encoding="utf-8") != before
+
+
+def test_names_go_before_ids(models: Path, tmp_path: Path) -> None:
+    """A model that is named like another's id is the one that is meant by it."""
+    first = ask(tmp_path / "first", told(models)).waiting[0].id
+    folder = tmp_path / "run"
+    ask(folder, told(models, models={"x": "a", first: "b", "y": "c"}))
+    run = tell(folder, first, {"near": 1, "flat": 1})
+    assert [m.name for m in run.state.members.values() if m.scorecard] == [first]
 
 
 # The command line.

@@ -132,6 +132,16 @@ def test_where_measured_kinship_chooses_otherwise_is_found(whole: Run) -> None:
     assert explored.parents not in first.measured
 
 
+def test_a_merge_that_a_limit_cut_off_decides_nothing(whole: Run) -> None:
+    """What neither kinship could have chosen any more is no difference between them."""
+    state = whole.state
+    explored = next(m for m in children(state) if m.exploration)
+    made = {m.id: m for m in state.until(explored.generation).members.values() if m != explored}
+    measured = {**state.kinship, frozenset(explored.parents): Similarity(1.0, 1.0, 0.0)}
+    cut = replace(state, members=made, kinship=measured, generation=explored.generation)
+    assert divergences(cut, Rules()) == ()
+
+
 def test_statistics_of_a_run_are_those_of_its_weights(whole: Run, models: Path) -> None:
     """What a run's statistics say of each layer is what measuring its weights says."""
     stats = whole.statistics()

@@ -603,6 +603,8 @@ def _print_asked(asked: "Asked", out: Path | None) -> None:
         print(f"Waiting for the scores of {names}.", file=sys.stderr)
     else:
         print(f"Stopped: {asked.stopped}.", file=sys.stderr)
+    for name, folder in asked.absent.items():
+        print(f"Needs {name}, expected in {folder}: materialise makes it there.", file=sys.stderr)
     if out:
         out.mkdir(parents=True, exist_ok=True)
     for position, (name, recipe) in enumerate(asked.recipes.items()):

@@ -146,7 +146,11 @@ def divergences(state: RunState, rules: Rules) -> tuple[Divergence, ...]:
     found = []
     for generation in range(1, state.generation):
         then = state.until(generation)
-        predicted, measured = (_pairs(propose(one, rules)) for one in (then, then.as_measured()))
+        # A limit may have cut the generation short, for either.
+        made = sum(member.generation == generation + 1 for member in state.members.values())
+        predicted, measured = (
+            _pairs(propose(one, rules))[:made] for one in (then, then.as_measured())
+        )
         if predicted != measured:
             found.append(Divergence(generation + 1, predicted, measured))
     return tuple(found)

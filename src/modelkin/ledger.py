@@ -4,6 +4,7 @@ An append-only table of events, with views that a person can query. Knows nothin
 events mean: the state is their fold (see `state`).
 """
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -125,13 +126,19 @@ def read_events(folder: Path) -> list[Event]:
     path = folder / LEDGER_FILE
     if not path.is_file():
         raise LedgerError(f"{folder}: is no run folder: expected {LEDGER_FILE} in it")
-    with closing(_connect(path)) as connection:
+    # Where nothing can be written SQLite can take no locks, and needs to be told that nobody else
+    # writes; but what is in the log beside the file, it then passes over.
+    alone = not os.access(folder, os.W_OK) and not path.with_name(f"{LEDGER_FILE}-wal").exists()
+    with closing(_connect(path, alone=alone)) as connection:
         return _read(connection, path)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, alone: bool = False) -> sqlite3.Connection:
     try:
-        connection = sqlite3.connect(path)
+        if alone:
+            connection = sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)
+        else:
+            connection = sqlite3.connect(path)
         found = connection.execute("PRAGMA user_version").fetchone()[0]
         owner = connection.execute("PRAGMA application_id").fetchone()[0]
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]

@@ -91,9 +91,13 @@ class Command:
                 raise EvaluationError(
                     f"{program}: task {task!r}: expected a number, found {value!r}"
                 )
-            if not math.isfinite(value):
+            try:
+                number = float(value)
+            except OverflowError:  # JSON's numbers may be of any length
+                number = math.inf
+            if not math.isfinite(number):
                 raise EvaluationError(f"{program}: task {task!r}: expected a finite number")
-            scores[task] = Score(float(value))
+            scores[task] = Score(number)
         return scores
 
 

@@ -38,7 +38,9 @@ class Breeding:
     def breed(self) -> None:
         """Do what is left to do, until a rule says stop, or scores have to be told."""
         self._give_up_weights()
-        self._measure()
+        if not self._family.state.generation:
+            # Later ones are measured when all are settled: who is kept before that is chance.
+            self._measure()
         while True:
             self._settle()
             self._measure()
@@ -54,9 +56,9 @@ class Breeding:
         unsettled = [member for member in state.members.values() if not member.settled]
         trials = []
         for member in unsettled:
-            if self._family.not_flat:
-                self._remake(state, state.parents_of(member))
             try:
+                if self._family.not_flat:
+                    self._remake(state, state.parents_of(member))
                 trials.append(self._trial(member))
             except MergeError as error:
                 self._family.record(Failed(member.id, "merge", str(error)))

@@ -6,18 +6,20 @@ Both work on the same ledger as `evolve`, which goes on from whatever they left.
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelkin.config import RunConfig, load_config
-from modelkin.errors import ConfigError, LedgerError
+from modelkin.config import RunConfig
+from modelkin.errors import ConfigError, LedgerError, MergeError
 from modelkin.evaluating import make_evaluator
 from modelkin.ledger import LEDGER_FILE, open_ledger
 from modelkin.progress import Bars
-from modelkin.records import Score, Scorecard, Scored
+from modelkin.records import Failed, Score, Scorecard, Scored
+from modelkin.report import check_report, write_report
 from modelkin.run.family import Family
-from modelkin.run.folder import RUN_FILE, Run, read_run
+from modelkin.run.folder import REPORT_FILE, RUN_FILE, Run, read_run, read_settings
 from modelkin.run.planning import begun_with, evaluations_folder, open_models
 from modelkin.state import Member, RunState, fold
 
@@ -33,11 +35,13 @@ class Asked:
         waiting: the members without scores.
         recipes: name of a child among them -> mergekit's configuration, with real paths.
         stopped: why there is nothing to do, if so.
+        absent: name of a parent that the recipes need -> the folder that its weights are not in.
     """
 
     waiting: tuple[Member, ...]
     recipes: Mapping[str, dict[str, Any]]
     stopped: str | None
+    absent: Mapping[str, Path]
 
 
 def ask(folder: Path, config: RunConfig | None = None, *, bars: Bars | None = None) -> Asked:
@@ -53,7 +57,9 @@ def ask(folder: Path, config: RunConfig | None = None, *, bars: Bars | None = No
         ConfigError: a setting is wrong, or the run is new and there is none.
         CheckpointError: a model is not readable.
         LedgerError: the run folder belongs to other settings or models, or is in use.
+        MissingExtraError: the report cannot be written; nothing was done.
     """
+    check_report()
     bars = bars or Bars()
     folder = folder.resolve()
     pinned = begun_with(folder)
@@ -63,7 +69,9 @@ def ask(folder: Path, config: RunConfig | None = None, *, bars: Bars | None = No
                 f"{folder}: is no run folder: expected {RUN_FILE} in it, or a run file to begin "
                 "with"
             )
-        config = load_config(folder / RUN_FILE)
+        config = read_settings(folder)
+    elif pinned and (folder / RUN_FILE).is_file():
+        _check_tasks(folder, config)
     base, foundations = open_models(config, pinned)
     with open_ledger(folder) as ledger:
         family = Family(config, folder, ledger, base, foundations, bars)
@@ -78,8 +86,9 @@ def ask(folder: Path, config: RunConfig | None = None, *, bars: Bars | None = No
                 trust_remote_code=config.trust_remote_code,
             )
             family.begin(evaluator.protocol, evaluations_folder(config, folder))
-        if not _waiting(family.state):
-            family.advance()
+        _fail_unmakeable(family)
+        while not _waiting(family.state) and family.advance() is None:
+            _fail_unmakeable(family)
         family.report()
         state = family.state
         waiting = _waiting(state)
@@ -90,7 +99,35 @@ def ask(folder: Path, config: RunConfig | None = None, *, bars: Bars | None = No
             for member in waiting
             if member.recipe
         }
-        return Asked(waiting, recipes, state.stopped)
+        absent = {
+            parent.name: family.weights(parent)
+            for member in waiting
+            for parent in state.parents_of(member)
+            if family.not_flat and not family.weights(parent).is_dir()
+        }
+        return Asked(waiting, recipes, state.stopped, absent)
+
+
+def _check_tasks(folder: Path, config: RunConfig) -> None:
+    """See that a run goes on with the tasks that its scores are of."""
+    then, now = _asked(read_settings(folder)), _asked(config)
+    if set(then) != set(now):
+        raise LedgerError(
+            f"{folder}: was started with the tasks {', '.join(then)}, found {', '.join(now)}; set "
+            "them back, or give the run another folder"
+        )
+
+
+def _fail_unmakeable(family: Family) -> None:
+    """Nobody can tell the scores of a child that its method cannot make of these weights."""
+    if family.not_flat:
+        return
+    for member in _waiting(family.state):
+        if member.recipe:
+            try:
+                family.recipe(member)
+            except MergeError as error:
+                family.record(Failed(member.id, "merge", str(error)))
 
 
 def _waiting(state: RunState) -> tuple[Member, ...]:
@@ -111,8 +148,10 @@ def tell(folder: Path, model: str, scores: Any) -> Run:
 
     Raises:
         ConfigError: there is no such member, or the scores are not those of the run's tasks.
-        LedgerError: `folder` is no run folder, or in use; or the member has other scores already.
+        LedgerError: `folder` is no run folder, or in use; or the member has scores already.
+        MissingExtraError: the report cannot be written; nothing was done.
     """
+    check_report()
     folder = folder.resolve()
     if not (folder / LEDGER_FILE).is_file():
         raise LedgerError(f"{folder}: is no run folder: expected {LEDGER_FILE} in it")
@@ -133,21 +172,30 @@ def tell(folder: Path, model: str, scores: Any) -> Run:
         assert state.started is not None
         card = Scorecard(found, str(state.started.settings["evaluation"]))
         ledger.append(Scored(member.id, card, None, 0.0))
-    return read_run(folder)
+    run = read_run(folder)
+    write_report(folder / REPORT_FILE, [run.source()])
+    return run
 
 
 def read_scores(path: Path) -> Any:
     """The content of a file of scores.
 
     Raises:
-        ConfigError: it cannot be read or is no JSON.
+        ConfigError: it cannot be read, is no JSON, or has a key twice.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected JSON: {error}") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"distinct keys, found {', '.join(key for key, _ in pairs)}")
+    return found
 
 
 def _tasks(folder: Path, state: RunState) -> tuple[str, ...]:
@@ -155,8 +203,12 @@ def _tasks(folder: Path, state: RunState) -> tuple[str, ...]:
     for member in state.members.values():
         if member.scorecard:
             return tuple(member.scorecard.scores)
-    asked = load_config(folder / RUN_FILE).evaluation.tasks
-    return tuple(task if isinstance(task, str) else task.task for task in asked)
+    return _asked(read_settings(folder))
+
+
+def _asked(config: RunConfig) -> tuple[str, ...]:
+    tasks = config.evaluation.tasks
+    return tuple(task if isinstance(task, str) else task.task for task in tasks)
 
 
 def _scores(given: Any, tasks: tuple[str, ...], model: str) -> dict[str, Score]:
@@ -172,6 +224,8 @@ def _scores(given: Any, tasks: tuple[str, ...], model: str) -> dict[str, Score]:
         )
     scores = {task: _score(named[task], f"scores of {model}: {task}") for task in tasks}
     average = sum(score.value for score in scores.values()) / len(scores)
+    if not math.isfinite(average):
+        raise ConfigError(f"scores of {model}: expected numbers with a mean, found none")
     told = given.get("average") if "average" not in tasks else None
     scale = max(1.0, abs(average))
     if told is not None and abs(_number(told, f"scores of {model}: average") - average) > (
@@ -195,14 +249,17 @@ def _score(given: Any, where: str) -> Score:
     stderr, n = given.get("stderr"), given.get("n")
     if n is not None and (type(n) is not int or n < 1):
         raise ConfigError(f"{where}: n: expected a number of items, found {n}")
+    if stderr is not None and _number(stderr, f"{where}: stderr") < 0:
+        raise ConfigError(f"{where}: stderr: expected none below 0, found {stderr}")
     return Score(
-        _number(given["value"], where),
-        stderr=None if stderr is None else _number(stderr, f"{where}: stderr"),
-        n=n,
+        _number(given["value"], where), stderr=None if stderr is None else float(stderr), n=n
     )
 
 
 def _number(given: Any, where: str) -> float:
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
-        raise ConfigError(f"{where}: expected a number, found {given!r}")
-    return float(given)
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        # JSON's numbers may be of any length.
+        with suppress(OverflowError):
+            if math.isfinite(given):
+                return float(given)
+    raise ConfigError(f"{where}: expected a number, found {given!r:.100}")

@@ -6,23 +6,22 @@ kinship is predicted when it is decided on, and it is made from the foundations 
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modelkin.blend import Lineage, NotLinear, compile_recipe, flat_recipe
+from modelkin.blend import Lineage, NotLinear, compile_recipe
 from modelkin.checkpoint import Checkpoint, fingerprint
 from modelkin.config import RunConfig
 from modelkin.errors import CheckpointError, ConfigError, LedgerError, MergeError
 from modelkin.evolution import Stop, propose
 from modelkin.gram import GramStats
 from modelkin.ledger import Ledger
-from modelkin.measuring import compare, measure
+from modelkin.measuring import compare
 from modelkin.measuring.archive import read_statistics, write_statistics
 from modelkin.merging import fill, obstacle, resolve_models
 from modelkin.progress import Bars
@@ -39,7 +38,9 @@ from modelkin.records import (
     Stopped,
 )
 from modelkin.report import write_report
+from modelkin.run.flat import DTYPE_KEYS, flat_recipe_of, measure_foundations
 from modelkin.run.folder import (
+    ORIGIN,
     REPORT_FILE,
     RUN_FILE,
     STATISTICS_FILE,
@@ -50,8 +51,6 @@ from modelkin.run.folder import (
 )
 from modelkin.similarity import kinship_from
 from modelkin.state import Member, RunState, fold
-
-_DTYPE_KEYS = ("dtype", "out_dtype")
 
 
 class Family:
@@ -120,7 +119,9 @@ class Family:
         }
         if not self._events:
             # Before anything is recorded: a run cannot begin with what cannot be measured.
-            self.keep(self._measure_foundations(ids))
+            self._measured = self._measure_foundations(ids)
+            # Whatever is there: a call that was killed may have begun with other models.
+            write_statistics(self.folder / STATISTICS_FILE, self._measured)
             self.record(Started(settings, _environment(), evaluations), *founded)
         self._check_unchanged(settings, founded, evaluations)
         self._write_run_file()
@@ -203,7 +204,7 @@ class Family:
         }
         partial = self.folder / f".{RUN_FILE}"
         partial.write_text(
-            f"# Relative paths are taken from {self.config.folder}\n"
+            f"{ORIGIN}{self.config.folder}\n"
             + yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
             encoding="utf-8",
         )
@@ -225,9 +226,8 @@ class Family:
         never change, since every child's factors depend on all their digits.
         """
         self._measured = stats
-        path = self.folder / STATISTICS_FILE
-        if self.not_flat or not path.exists():
-            write_statistics(path, stats)
+        if self.not_flat:
+            write_statistics(self.folder / STATISTICS_FILE, stats)
 
     def lineage(self) -> Lineage:
         """All members so far as factors over the foundations; only where recipes are flat."""
@@ -244,24 +244,13 @@ class Family:
         return self._lineage
 
     def _measure_foundations(self, ids: Sequence[str]) -> GramStats:
-        return measure(
+        return measure_foundations(
+            self.config.merge.config(),
             self.base,
-            [replace(model, name=name) for name, model in zip(ids, self._foundations, strict=True)],
-            # Children in 32 bits show more digits than single precision leaves.
-            double=self._in_32_bits(),
-            cache=not self._in_32_bits(),
+            dict(zip(ids, self._foundations, strict=True)),
+            flat=not self.not_flat,
             progress=self._bars.progress,
         )
-
-    def _in_32_bits(self) -> bool:
-        config = self.config.merge.config()
-        asked = config.get("out_dtype") or config.get("dtype")
-        if self.not_flat:
-            return False
-        if asked:
-            return str(asked).removeprefix("torch.") in ("float32", "float64")
-        formats = {one.format for model in self._foundations for one in model.tensors.values()}
-        return not formats.isdisjoint({"F32", "F64"})
 
     def _obstacle(self) -> str | None:
         template = self.config.merge.config()
@@ -281,7 +270,7 @@ class Family:
                         {"model": folder, "parameters": {"weight": 1}}
                         for folder in dict.fromkeys(str(model.folder) for model in everyone)
                     ],
-                    **{key: template[key] for key in _DTYPE_KEYS if key in template},
+                    **{key: template[key] for key in DTYPE_KEYS if key in template},
                 }
             )
         except MergeError as error:
@@ -375,46 +364,6 @@ class Family:
         """Rewrite the run's report."""
         run = Run(self.folder, self.state)
         write_report(self.folder / REPORT_FILE, [run.source()])
-
-
-def flat_recipe_of(
-    lineage: Lineage,
-    state: RunState,
-    member: Member,
-    folders: Mapping[str, Path],
-    base: Path,
-) -> dict[str, Any]:
-    """The recipe that makes a child from the foundations in one pass.
-
-    Args:
-        lineage: of all members.
-        state: of the run.
-        member: the child.
-        folders: foundation's id -> its folder.
-        base: the base's folder.
-
-    Raises:
-        MergeError: the child's own method has no answer for its parents' weights.
-    """
-    assert member.recipe is not None
-    assert state.base is not None
-    if member.id not in lineage.whole.models:
-        # Says why.
-        lineage.add(member.id, by_id(member.recipe), base=state.base.model)
-    # Its config and tokenizer are those of the first model of its recipe, and so on.
-    donor = member.id
-    while (ancestor := state.members.get(donor)) and ancestor.recipe:
-        config = by_id(ancestor.recipe)
-        donor = config.get("base_model") or config["models"][0]["model"]
-    return flat_recipe(
-        lineage.flat(member.id),
-        {name: str(folder) for name, folder in folders.items()},
-        base=str(base),
-        donor=None if donor == state.base.model else donor,
-        dtypes={
-            key: member.recipe.config[key] for key in _DTYPE_KEYS if key in member.recipe.config
-        },
-    )
 
 
 def _environment() -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from modelkin.analyse import Samples
 from modelkin.blend import Lineage
+from modelkin.config import RunConfig, load_yaml, parse_config
 from modelkin.errors import ConfigError, EvaluationError, LedgerError, MergeError
 from modelkin.evaluating.cache import read_evaluation
 from modelkin.gram import GramStats
@@ -20,6 +21,8 @@ from modelkin.report import Source
 from modelkin.state import Member, RunState, fold
 
 RUN_FILE = "run.yaml"
+# How it begins: what it was written from may lie elsewhere.
+ORIGIN = "# Relative paths are taken from "
 STATISTICS_FILE = "statistics.npz"
 REPORT_FILE = "report.html"
 
@@ -53,10 +56,13 @@ class Run:
         Raises:
             ConfigError: there is none.
         """
-        for member in self.state.members.values():
-            if name in (member.name, member.id):
+        members = self.state.members
+        for member in members.values():
+            if name == member.name:
                 return member
-        known = ", ".join(member.name for member in self.state.members.values())
+        if name in members:
+            return members[name]
+        known = ", ".join(member.name for member in members.values())
         raise ConfigError(f"{self.folder}: expected one of the models {known}, found {name}")
 
     def weights(self, member: Member) -> Path:
@@ -94,6 +100,19 @@ def read_run(folder: Path) -> Run:
         LedgerError: `folder` is no run folder.
     """
     return Run(folder, fold(read_events(folder)))
+
+
+def read_settings(folder: Path) -> RunConfig:
+    """What a run was last called with; relative paths are taken from where they were then.
+
+    Raises:
+        ConfigError: there is no run file, or it is none.
+    """
+    path = folder / RUN_FILE
+    content = load_yaml(path)
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    origin = Path(first.removeprefix(ORIGIN)) if first.startswith(ORIGIN) else folder
+    return parse_config(content, folder=origin, origin=str(path))
 
 
 def read_samples(folder: Path, state: RunState, member: Member) -> Samples:

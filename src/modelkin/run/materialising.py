@@ -1,5 +1,6 @@
 """A member's weights, made again from its recipe, into any folder."""
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -7,13 +8,12 @@ from pathlib import Path
 from rich.progress import Progress
 
 from modelkin.checkpoint import fingerprint, open_checkpoint, whole_folder
-from modelkin.config import load_config
-from modelkin.errors import ConfigError, LedgerError
+from modelkin.errors import CheckpointError, ConfigError, LedgerError
 from modelkin.measuring.archive import read_statistics
 from modelkin.merging import EitherEngine, Merger, fill, resolve_models
 from modelkin.progress import Bars
-from modelkin.run.family import flat_recipe_of
-from modelkin.run.folder import RUN_FILE, STATISTICS_FILE, Run, lineage_of, read_run
+from modelkin.run.flat import flat_recipe_of, measure_foundations
+from modelkin.run.folder import STATISTICS_FILE, Run, lineage_of, read_run, read_settings
 from modelkin.run.planning import begun_with, open_models
 from modelkin.state import Member
 
@@ -50,16 +50,28 @@ class _Making:
 
     def __init__(self, run: Run, progress: Progress | None) -> None:
         self._run = run
-        config = load_config(run.folder / RUN_FILE)
+        config = read_settings(run.folder)
         self._config = config
-        self._base, foundations = open_models(config, begun_with(run.folder))
-        by_name = {model.name: model.folder for model in foundations}
-        self._folders = {
+        try:
+            self._base, foundations = open_models(config, begun_with(run.folder))
+        except CheckpointError as error:
+            raise type(error)(
+                f"{error}; if the models have moved, ask with a run file that says where they are"
+            ) from error
+        by_name = {model.name: model for model in foundations}
+        by_id = {
             member.id: by_name[member.name]
             for member in run.state.members.values()
             if not member.parents
         }
+        self._folders = {name: model.folder for name, model in by_id.items()}
         self._lineage = lineage_of(run.state, read_statistics(run.folder / STATISTICS_FILE))
+        if self._lineage is None and run.state.predictions:
+            # Lost, but the foundations are there.
+            stats = measure_foundations(
+                config.merge.config(), self._base, by_id, flat=True, progress=progress
+            )
+            self._lineage = lineage_of(run.state, stats)
         self._merger: Merger = EitherEngine(
             config.merge.options,
             trust_remote_code=config.trust_remote_code,
@@ -69,8 +81,7 @@ class _Making:
 
     def make(self, member: Member, out: Path) -> None:
         assert member.recipe is not None
-        present = self._run.weights(member)
-        if present.is_dir():
+        if present := self._present(member):
             self._copy(present, out)
         elif self._lineage:
             recipe = flat_recipe_of(
@@ -88,9 +99,16 @@ class _Making:
                 "software have changed"
             )
 
-    def _copy(self, present: Path, out: Path) -> None:
-        import json
+    def _present(self, member: Member) -> Path | None:
+        """Where a child's weights are, unless they were given up or are not what they were."""
+        place = self._run.weights(member)
+        try:
+            found = fingerprint(open_checkpoint(place))
+        except CheckpointError:
+            return None
+        return place if member.fingerprint in (None, found) else None
 
+    def _copy(self, present: Path, out: Path) -> None:
         record = json.loads((present / "modelkin.json").read_text(encoding="utf-8"))
         with whole_folder(out, record=record) as partial:
             shutil.copytree(present, partial, dirs_exist_ok=True)
@@ -102,8 +120,8 @@ class _Making:
         with tempfile.TemporaryDirectory(prefix=".parents.", dir=out.parent) as scratch:
             places = {"base": str(self._base.folder)}
             for number, parent in enumerate(self._run.state.parents_of(member), start=1):
-                place = self._folders.get(parent.id) or self._run.weights(parent)
-                if not place.is_dir():
+                place = self._folders.get(parent.id) or self._present(parent)
+                if place is None:
                     place = Path(scratch) / parent.id
                     self.make(parent, place)
                 places[f"parent_{number}"] = str(place)
