@@ -296,6 +296,18 @@ def test_other_delimiters(tmp_path: Path, delimiter: str) -> None:
     assert len(analysed(tmp_path, text).merges) == 5
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_unicode_text_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
+    """Excel's "Unicode text" is UTF-16 with a mark at the beginning, and tabs."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path = tmp_path / "merges.csv"
+    path.write_bytes((mark + FAMILY.replace(",", "\t").replace("\n", "\r\n")).encode(encoding))
+    assert len(analyse_merges(read_merges(path)).merges) == 5
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="expected a CSV file in UTF-8"):
+        read_merges(path)
+
+
 def test_an_average_over_fewer_tasks_is_none(tmp_path: Path) -> None:
     """Where a task is missing the average is the given one, or unknown, and never of the rest."""
     text = "child,parents,Average ⬆️,ARC,MMLU\na,,50,40,60\nb,,55,40,\nc,a;b,,90,\nd,a;b,1,50,70\n"

@@ -118,7 +118,7 @@ def test_the_page_has_every_part(found: list[Part]) -> None:
         assert f"<h2>{html.escape(part.title)}</h2>" in page
         assert all(f'data-name="{table.name}"' in page for table in part.tables)
     assert page.count('<div class="plot"') == 4
-    assert page.count('"text":"saturation begins"') == 2
+    assert page.count('"text":"saturation"') == 2
 
 
 def test_names_are_text_on_the_page(tmp_path: Path) -> None:

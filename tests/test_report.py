@@ -10,6 +10,7 @@ from html import unescape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ from modelkin.report import (
     terminal_table,
     write_report,
 )
-from modelkin.state import fold
+from modelkin.state import Cost, fold
 
 SECTIONS = [
     "Overview",
@@ -55,6 +56,7 @@ SECTIONS = [
     "Gain against kinship",
     "Gains",
     "Scores by task",
+    "Task differences against kinship",
     "Kinship layer by layer",
     "Where exploration and greed part",
     "Convergence",
@@ -79,7 +81,7 @@ def html(source: Source) -> str:
 
 def parts(html: str) -> dict[str, str]:
     """The sections of a page by their titles."""
-    found = re.findall(r"<section><h2>(.*?)</h2>(.*?)</section>", html, re.DOTALL)
+    found = re.findall(r"<section[^>]*><h2>(.*?)</h2>(.*?)</section>", html, re.DOTALL)
     return {unescape(title): body for title, body in found}
 
 
@@ -176,6 +178,37 @@ def test_several_runs_are_compared_and_then_told_each(source: Source) -> None:
     assert found[1 + len(SECTIONS)] == "other: Overview"
 
 
+def test_several_runs_are_a_table_of_what_each_found(source: Source) -> None:
+    """Best child, its lead with an interval, and after how many evaluations it was found."""
+    other = run_of(10, strategy="greedy", name="other")
+    lines = table(report_page([source, other]), "runs")
+    assert [line["run"] for line in lines] == ["synthetic", "other"]
+    for line, one in zip(lines, (source, other), strict=True):
+        family = Family(one.state, one.samples_of)
+        best, scored = family.best_child, [m for m in one.state.members.values() if m.scorecard]
+        assert best is not None
+        assert line["best child"] == best.name
+        assert float(line["average"]) == family.average(best)
+        assert int(line["evaluations"]) == len(scored)
+        assert scored[int(line["found at evaluation"]) - 1] is best
+        over = family.gains[best.id].over_best
+        assert over is not None
+        assert (float(line["low"]), float(line["high"])) == (over.low, over.high)
+    assert lines[0]["verdict"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_links_lead_to_sections(source: Source, several: bool) -> None:
+    """Each link of the contents is the id of one section."""
+    other = run_of(10, strategy="greedy", name="<b> & é")
+    html = report_page([source, other] if several else [source])
+    ids = [unescape(one) for one in re.findall(r'<section id="(.*?)"', html)]
+    links = [unquote(unescape(one)) for one in re.findall(r'<a href="#(.*?)"', html)]
+    assert len(links) == (3 if several else len(SECTIONS))
+    assert len(set(ids)) == len(ids)
+    assert set(links) <= set(ids)
+
+
 @pytest.mark.parametrize("package", ["plotly", "scipy"])
 def test_what_a_report_needs_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without plotly or SciPy there is one clear error, before any work."""
@@ -209,9 +242,13 @@ def test_the_overview_says_what_happened(html: str, source: Source) -> None:
     assert lead_sentence(source.state, source.samples_of) in said
     assert "optimistic" in said
     assert "The run stopped: reached the limit of 14 evaluations" in said
-    cost = source.state.cost
-    assert f"{cost.merging / 60:.1f} minutes of merging, {cost.evaluating / 60:.1f}" in said
-    assert f"{cost.written / 1e9:.2f} GB" in said
+    state = replace(
+        source.state,
+        cost=Cost(merging=40.0, evaluating=7200.0, measuring=150.0, written=30_000_000),
+    )
+    cost = text(parts(report_page([replace(source, state=state)]))["Overview"])
+    assert "40.0 seconds of merging, 2.0 hours of evaluating and 2.5 minutes of measuring" in cost
+    assert "30.0 MB of weights" in cost
     assert "failed to merge: the oven <b>is</b> cold" in said
 
 
@@ -266,6 +303,67 @@ def test_the_tree_has_every_model_and_every_parent(html: str, source: Source) ->
     assert lines[""] == 2 * sum(bool(m.parents) and not m.exploration for m in members)
     places = [(x, y) for trace in marks for x, y in zip(trace["x"], trace["y"], strict=True)]
     assert len(set(places)) == len(places)
+
+
+def test_the_tree_names_every_generation(source: Source) -> None:
+    """However many there are: a long tree scrolls, and its head would be out of sight."""
+    long = run_of(60)
+    for one in (source, long):
+        axis = figure(parts(report_page([one]))["Family tree"])["layout"]["xaxis"]
+        assert axis["tickvals"] == list(range(one.state.generation + 1))
+        assert axis["ticktext"][-1] == f"generation {one.state.generation}"
+    assert long.state.generation > 9
+
+
+def test_lines_of_the_tree_pass_beside_models(html: str) -> None:
+    """A line from a parent to a child generations later is on no model between them."""
+    traces = figure(parts(html)["Family tree"])["data"]
+    places = {
+        place for trace in traces if trace["mode"] == "markers+text"
+        for place in zip(trace["x"], trace["y"], strict=True)
+    }  # fmt: skip
+    long = []
+    for trace in traces:
+        if trace["mode"] != "lines":
+            continue
+        points = list(zip(trace["x"], trace["y"], strict=True))
+        ends = [n for n, (x, _) in enumerate(points) if x is None]
+        for start, end in zip([0, *(n + 1 for n in ends)], ends, strict=False):
+            line = points[start:end]
+            assert {line[0], line[-1]} <= places
+            long += [line] if line[-1][0] - line[0][0] > 1 else []
+    assert long
+    assert all(place not in places for line in long for place in line[1:-1])
+
+
+def test_task_differences_are_of_the_parents(html: str, source: Source) -> None:
+    """Each merge is at its parents' kinship and the mean difference of their scores by task."""
+    family = Family(source.state, source.samples_of)
+    traces = figure(parts(html)["Task differences against kinship"])["data"][:4]
+    shown = {
+        name: (x, y)
+        for trace in traces if trace["mode"] == "markers"
+        for name, x, y in zip(trace["hovertext"], trace["x"], trace["y"], strict=True)
+    }  # fmt: skip
+    assert shown.keys() == {member.name for member in family.path}
+    for member in family.path:
+        one, other = (family.scores(parent) for parent in source.state.parents_of(member))
+        apart = np.abs(np.array(one, dtype=float) - np.array(other, dtype=float)).mean()
+        assert shown[member.name] == pytest.approx((family.kinship(member), apart))
+    assert {line["with"] for line in table(html, "task-differences")} == {"task difference"}
+
+
+def test_the_headline_is_the_lead(html: str, source: Source) -> None:
+    """The best child, its lead over the best foundation model and whether that is sure."""
+    family = Family(source.state, source.samples_of)
+    best = family.best_child
+    assert best is not None
+    over = family.gains[best.id].over_best
+    assert over is not None
+    found = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    assert found["best child"] == best.name
+    assert f"{over.value:+.2f}" in found.values()
+    assert found["by a paired bootstrap"] == over.verdict
 
 
 def test_the_lineage_ends_in_the_best_child(source: Source) -> None:
@@ -345,6 +443,7 @@ def test_layers_are_those_of_the_statistics(html: str) -> None:
     assert curve["x"] == ["0", "1", "2", "3"]
     assert min(curve["y"]) <= whole["y"][0] <= max(curve["y"])
     assert len(spec["choices"]) >= 3
+    assert "before their weights are rounded" in text(parts(html)["Kinship layer by layer"])
 
 
 def test_branches_part_from_their_shared_parent(html: str, source: Source) -> None:

@@ -51,15 +51,14 @@ def _overview(found: Findings) -> list[str]:
     ]
     if gains:
         lines.append(
-            f"{sum(gain > 0 for gain in gains):,} merges are above the mean of their parents, "
-            f"{sum(gain < 0 for gain in gains):,} below; the mean gain is "
-            f"{sum(gains) / len(gains):+.2f}"
+            f"merges above the mean of their parents: {sum(gain > 0 for gain in gains):,}, below: "
+            f"{sum(gain < 0 for gain in gains):,}; the mean gain is {sum(gains) / len(gains):+.2f}"
         )
     if inbred:
         lines.append(
-            f"{len(inbred):,} merges have parents with a common ancestor in the table, "
-            f"{sum(bool(set(one.parents) & set(one.shared_ancestors)) for one in inbred):,} "
-            "of them a parent that descends from the other"
+            f"merges of parents with a common ancestor in the table: {len(inbred):,}, of parents "
+            "one of which descends from the other: "
+            f"{sum(bool(set(one.parents) & set(one.shared_ancestors)) for one in inbred):,}"
         )
     return lines
 

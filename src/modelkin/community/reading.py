@@ -1,5 +1,6 @@
 """A table of merges from a CSV file, every cell checked. Knows no statistics."""
 
+import codecs
 import csv
 import io
 import math
@@ -93,11 +94,14 @@ def read_merges(path: str | os.PathLike[str]) -> MergeTable:
 
 def _cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Heads, and for each row its line and its cells."""
+    # Excel begins its files with a byte order mark, and its "Unicode text" is UTF-16.
+    with path.open("rb") as file:
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        # Excel begins its files with a byte order mark.
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected a CSV file in UTF-8, found {error.reason}") from error
+        text = path.read_text(encoding="utf-16" if wide else "utf-8-sig")
+    except UnicodeError as error:
+        reason = getattr(error, "reason", str(error))
+        raise ConfigError(f"{path}: expected a CSV file in UTF-8, found {reason}") from error
     if not text.strip():
         raise ConfigError(f"{path}: expected a head and rows, found an empty file")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)

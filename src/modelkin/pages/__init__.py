@@ -8,6 +8,8 @@ names go through `plain` there.
 from modelkin.pages.document import check_pages, page, write_page
 from modelkin.pages.parts import (
     Cell,
+    contents,
+    facts,
     figure,
     folded,
     listing,
@@ -21,6 +23,8 @@ from modelkin.pages.parts import (
 __all__ = [
     "Cell",
     "check_pages",
+    "contents",
+    "facts",
     "figure",
     "folded",
     "listing",

@@ -35,6 +35,9 @@ const modelkin = (() => {
         xaxis: axis, yaxis: axis,
         margin: { l: 48, r: 16, t: 32, b: 44 },
         legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+        modebar: {
+          bgcolor: "rgba(0,0,0,0)", color: colour("@muted"), activecolor: colour("@accent"),
+        },
         hoverlabel: {
           bgcolor: colour("@box"), bordercolor: colour("@line"), align: "left",
           font: { color: colour("@ink"), family: "system-ui, sans-serif" }, namelength: -1,

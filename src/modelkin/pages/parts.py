@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 Cell = str | float | int | None
 # So many significant digits has the largest number of a column.
@@ -29,6 +30,15 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
+def facts(found: Mapping[str, str]) -> str:
+    """What a thing is called and what it is, side by side and large."""
+    pairs = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in found.items()
+    )
+    return f'<dl class="facts">{pairs}</dl>'
+
+
 def listing(lines: Sequence[str]) -> str:
     """Plain lines as a list; nothing where there are none."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
@@ -41,8 +51,23 @@ def preformatted(text: str) -> str:
 
 
 def section(title: str, *html: str) -> str:
-    """A part of the page under a heading."""
-    return f"<section><h2>{escape(title)}</h2>{''.join(html)}</section>"
+    """A part of the page under a heading; no two of a page are called alike."""
+    return (
+        f'<section id="{escape(_anchor(title))}"><h2>{escape(title)}</h2>{"".join(html)}</section>'
+    )
+
+
+def contents(titles: Sequence[str]) -> str:
+    """Links to sections of the same page, by their titles."""
+    links = " ".join(
+        f'<a href="#{escape(quote(_anchor(title)))}">{escape(title)}</a>' for title in titles
+    )
+    return f"<nav>{links}</nav>"
+
+
+def _anchor(title: str) -> str:
+    """An id has no spaces, and must not be that of a figure."""
+    return "part-" + "-".join(title.split())
 
 
 def folded(title: str, *html: str) -> str:

@@ -39,7 +39,10 @@ def replay_page(paper: Paper, parts: Sequence[Part]) -> str:
         )
         for part in parts
     ]
-    return pages.page("The paper, replayed", *sections, style=_style(parts))
+    contents = pages.contents([part.title for part in parts])
+    return pages.page(
+        "Model kinship: the paper's numbers", contents, *sections, style=_style(parts)
+    )
 
 
 def _style(parts: Sequence[Part]) -> str:
@@ -133,13 +136,13 @@ def _path_figure(path: Path) -> str:
          "line": {"color": "@exploration", "dash": "dot"}},
     ]  # fmt: skip
     layout: dict[str, Any] = {
-        "title": {"text": pages.plain(path.name), "x": 0.02, "xanchor": "left"},
-        "xaxis": {"title": {"text": "merge"}, "dtick": 1},
+        "xaxis": {"title": {"text": f"merge of {pages.plain(path.name)}"},
+                  "range": [0.5, len(number) + 0.5]},
         "yaxis": {"title": {"text": "average"}},
         "yaxis2": {"title": {"text": "kinship"}, "overlaying": "y", "side": "right",
                    "range": [0, 1.05], "tick0": 0, "dtick": 0.25, "tickmode": "linear",
                    "showgrid": False},
-        "legend": {"orientation": "h", "y": -0.25},
+        "margin": {"r": 56},
     }  # fmt: skip
     first = path.stages.saturation
     if first is not None:
@@ -147,8 +150,9 @@ def _path_figure(path: Path) -> str:
                 "yref": "paper", "line": {"color": "@muted", "dash": "dash"}}  # fmt: skip
         layout["shapes"] = [line]
         layout["annotations"] = [
-            {"x": first + 0.5, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False,
-             "text": "saturation begins"}
+            # Curves that rise leave this corner empty.
+            {"x": first + 0.5, "y": 0, "yref": "paper", "yanchor": "bottom", "xanchor": "left",
+             "showarrow": False, "text": "saturation"}
         ]  # fmt: skip
     label = f"Average and kinship along {path.name}, with the beginning of saturation"
     return pages.figure(traces, layout, label=label)

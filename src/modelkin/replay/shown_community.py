@@ -21,7 +21,8 @@ def correlations_part(paper: Paper) -> Part:
         "Pearson correlation of the parents' kinship with the merge gain, as it is (signed) and "
         "without its sign (absolute). The published numbers are those of path 1 (Table 6), not "
         "of the 37 merges of Table 8, whose kinship is not printed. Intervals are by bootstrap "
-        "over merges; the range is that of r when any one merge is left out.",
+        "over merges; the range is that of r when any one merge is left out. p "
+        "follows from r and n; a small change of r, as by its rounding, moves p more.",
         *(
             f"Beware: in {sample} one merge alone, {model}, carries the correlation."
             for sample, model in carried

@@ -43,10 +43,10 @@ def best_so_far(families: Sequence[tuple[str, Family]]) -> str:
             }
         )
         if len(families) == 1:
-            traces.append(_each_model(family, averages))
+            traces += _each_model(family, averages)
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": "evaluations"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": "average"}},
+        "yaxis": {"title": {"text": "average score"}},
         "hovermode": "closest",
     }
     said = ""
@@ -57,21 +57,28 @@ def best_so_far(families: Sequence[tuple[str, Family]]) -> str:
     )
 
 
-def _each_model(family: Family, averages: Sequence[float]) -> dict[str, Any]:
+def _each_model(family: Family, averages: Sequence[float]) -> list[dict[str, Any]]:
     scored = [member for member in family.state.members.values() if member.scorecard]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": list(range(1, len(scored) + 1)),
-        "y": averages,
-        "marker": {
-            "color": ["@exploration" if m.exploration else "@muted" for m in scored],
-            "size": 6,
-        },
-        "hovertext": [plain(member.name) for member in scored],
-        "hovertemplate": "%{hovertext}: %{y:.2f}<extra></extra>",
-        "name": "each model",
-    }
+    traces = []
+    for name, explored, marker in (
+        ("each model", False, {"color": "@muted", "size": 6}),
+        ("by exploration", True, {"color": "@exploration", "size": 7, "symbol": "diamond"}),
+    ):
+        own = [n for n, member in enumerate(scored) if member.exploration == explored]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [n + 1 for n in own],
+                "y": [averages[n] for n in own],
+                "marker": marker,
+                "hovertext": [plain(scored[n].name) for n in own],
+                "hovertemplate": "%{hovertext}: %{y:.2f}<extra></extra>",
+                "name": name,
+                "showlegend": bool(own),
+            }
+        )
+    return traces
 
 
 def _stages(family: Family, layout: dict[str, Any]) -> str:

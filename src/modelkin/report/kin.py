@@ -18,6 +18,8 @@ from modelkin.tables import shortened
 
 # More models than this are not named beside the map: hovering names them.
 _NAMED, _NAME_WIDTH = 45, 22
+# Pixels that a name beside another one needs.
+_LABEL = 12
 # More points than this are thinned out, which loses no shape.
 _POINTS = 2000
 # What is known of a pair: letters in the page's data, words in `report.js`.
@@ -60,6 +62,8 @@ def kinship_map(family: Family) -> str:
         {"margin": {"t": 8}},
         label=f"Kinship of {len(members)} models as a clustered map",
         height=int(np.clip(22 * len(members) + 140, 320, 720)),
+        # Where models are named, a narrow page scrolls rather than print names over each other.
+        width=_LABEL * len(members) + 120 if len(members) <= _NAMED else 0,
         name="map",
         extra={
             "map": {

@@ -41,7 +41,7 @@ def layered_kinship(family: Family, stats: GramStats | None) -> str:
         traces.append(_whole(whole, list(layers), one, other, family))
     return paragraph(
         f"Kinship ({family.metric}) of two models within each layer; the dotted line is that of "
-        "the whole models."
+        f"the whole models.{_rounding(family)}"
     ) + figure(
         traces,
         {
@@ -52,6 +52,13 @@ def layered_kinship(family: Family, stats: GramStats | None) -> str:
         height=360,
         choices={label: (2 * n, 2 * n + 1) for n, label in enumerate(pairs)},
     )
+
+
+def _rounding(family: Family) -> str:
+    """What statistics of children are, where the run predicts them."""
+    if not family.state.predictions:
+        return ""
+    return " Children are as their recipes say, before their weights are rounded."
 
 
 def _pairs(family: Family) -> dict[str, tuple[Member, Member]]:
@@ -133,7 +140,7 @@ def branching(family: Family, stats: GramStats | None) -> str:
     return paragraph(
         "How far exploration and greedy choice moved each layer away from the better parent they "
         "share (bars, in units of the weights), and the cosine between the two changes (line): "
-        "near 1 both went the same way."
+        f"near 1 both went the same way.{_rounding(family)}"
     ) + figure(
         traces,
         {
@@ -182,7 +189,7 @@ def _traces(
         ("greedy", found.greedy_norm_L, "@accent"),
     ]
     if found.before_norm_L is not None:
-        bars.append(("the merge before", found.before_norm_L, "@line"))
+        bars.append(("the merge before", found.before_norm_L, "@muted"))
     traces: list[dict[str, Any]] = [
         {
             "type": "bar",

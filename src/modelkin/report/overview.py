@@ -1,8 +1,9 @@
 """The beginning and the end of the page: what happened in plain words, and how to do it again."""
 
 from collections import Counter
+from collections.abc import Sequence
 
-from modelkin.pages import folded, listing, paragraph, preformatted, table
+from modelkin.pages import Cell, facts, folded, listing, paragraph, preformatted, table
 from modelkin.report.family import Family, Source
 from modelkin.report.terminal import failure_lines, lead_sentence
 
@@ -23,18 +24,73 @@ def overview(source: Source, family: Family) -> str:
         if state.stopped
         else "The run has not finished: it is still going on, or was interrupted."
     )
-    return "".join(
-        paragraph(text)
-        for text in (
-            _origin(family),
-            lead_sentence(state, source.samples_of),
-            _sureness(family),
-            "The best child is chosen by the same scores that are shown here, so its own are "
-            "optimistic: score it on items that were not used here before you believe them.",
-            f"{stopped} {_cost(family)}",
+    return (
+        _headline(family)
+        + "".join(
+            paragraph(text)
+            for text in (
+                _origin(family),
+                lead_sentence(state, source.samples_of),
+                _sureness(family),
+                "The best child is chosen by the same scores that are shown here, so its own are "
+                "optimistic: score it on items that were not used here before you believe them.",
+                f"{stopped} {_cost(family)}",
+            )
+            if text
         )
-        if text
-    ) + failures(family)
+        + failures(family)
+    )
+
+
+def _headline(family: Family) -> str:
+    """The few numbers that are looked for first; nothing before a child has scores."""
+    best, foundation = family.best_child, family.best_foundation
+    average = family.average(best) if best else None
+    other = family.average(foundation) if foundation else None
+    if best is None or foundation is None or average is None or other is None:
+        return ""
+    gain = family.gains.get(best.id)
+    over = gain.over_best if gain else None
+    return facts(
+        {
+            "best child": best.name,
+            "its average": f"{average:.2f}",
+            f"over {foundation.name}, the best foundation model": f"{average - other:+.2f}",
+            "by a paired bootstrap": over.verdict if over else "not known: no samples",
+            "evaluations": str(sum(m.scorecard is not None for m in family.state.members.values())),
+        }
+    )
+
+
+def side_by_side(families: Sequence[tuple[str, Family]]) -> str:
+    """What each of several runs found, and how soon."""
+    lines: list[list[Cell]] = []
+    for name, family in families:
+        scored = [member for member in family.state.members.values() if member.scorecard]
+        best = family.best_child
+        gain = family.gains.get(best.id) if best else None
+        over = gain.over_best if gain else None
+        lines.append(
+            [
+                name,
+                str(family.setting("strategy", "")),
+                len(scored),
+                *(
+                    (best.name, family.average(best), scored.index(best) + 1)
+                    if best
+                    else ("", None, None)
+                ),
+                *((over.value, over.low, over.high, over.verdict) if over else (None,) * 3 + ("",)),
+                family.state.stopped or "not finished",
+            ]
+        )
+    heads = ["run", "strategy", "evaluations", "best child", "average", "found at evaluation"]
+    heads += ["over best foundation", "low", "high", "verdict", "why it stopped"]
+    return table(heads, lines, name="runs") + paragraph(
+        "Low and high are the ends of the 95 % interval of a paired bootstrap over the evaluation "
+        "items. It is the uncertainty of the items alone: how another seed would have done, only "
+        "more runs tell."
+    )
 
 
 def _origin(family: Family) -> str:
@@ -73,10 +129,21 @@ def _cost(family: Family) -> str:
     scored = sum(member.scorecard is not None for member in family.state.members.values())
     return (
         f"It cost {_count(len(family.children), 'merge')} and {_count(scored, 'evaluation')}: "
-        f"{cost.merging / 60:.1f} minutes of merging, {cost.evaluating / 60:.1f} of evaluating "
-        f"and {cost.measuring / 60:.1f} of measuring kinship; {cost.written / 1e9:.2f} GB of "
-        "weights were written."
+        f"{_time(cost.merging)} of merging, {_time(cost.evaluating)} of evaluating and "
+        f"{_time(cost.measuring)} of measuring kinship; {_size(cost.written)} of weights were "
+        "written."
     )
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def _size(written: int) -> str:
+    return f"{written / 1e9:,.1f} GB" if written >= 1e9 else f"{written / 1e6:,.1f} MB"
 
 
 def _count(number: int, one: str, many: str = "") -> str:

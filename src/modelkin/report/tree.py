@@ -17,6 +17,9 @@ _NAMED, _NAME_WIDTH = 70, 16
 _TALLEST = 1000
 # Points of a line between parent and child.
 _BEND = 9
+# How far a line bows for each generation that it skips, and at most: it passes beside the models
+# there, and lines of one parent do not hide each other.
+_BOW, _MOST_BOW = 0.13, 0.75
 
 Place = tuple[float, float]
 
@@ -29,20 +32,16 @@ def family_tree(family: Family) -> str:
         for g in range(family.state.generation + 1)
     )
     last = family.state.generation
-    step = max(1, (last + 1) // 12)
-    shown = list(range(0, last + 1, step))
     layout = {
         "xaxis": {
-            "tickvals": shown,
-            "ticktext": ["foundations" if g == 0 else f"generation {g}" for g in shown]
-            if last <= 8
-            else [str(g) for g in shown],
+            "tickvals": list(range(last + 1)),
+            "ticktext": ["foundations", *(f"generation {g}" for g in range(1, last + 1))],
             "side": "top",
             "showgrid": False,
             "zeroline": False,
             "range": [-0.5, last + 0.5],
         },
-        "yaxis": {"visible": False, "range": [-0.8, tallest - 0.2], "autorange": False},
+        "yaxis": {"visible": False, "range": [-1.0, tallest - 0.2], "autorange": False},
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"},
     }
@@ -122,7 +121,8 @@ def _curves(links: Sequence[tuple[Place, Place]]) -> tuple[list[Any], list[Any]]
     y: list[Any] = []
     for (x0, y0), (x1, y1) in links:
         x += [*np.round(x0 + (x1 - x0) * along, 3).tolist(), None]
-        y += [*np.round(y0 + (y1 - y0) * across, 3).tolist(), None]
+        bow = min(_BOW * (x1 - x0 - 1), _MOST_BOW) * np.sin(np.pi * along)
+        y += [*np.round(y0 + (y1 - y0) * across - bow, 3).tolist(), None]
     return x, y
 
 

@@ -7,13 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from modelkin.errors import MissingExtraError
-from modelkin.pages import page, paragraph, section, write_page
+from modelkin.pages import contents, page, paragraph, section, write_page
+from modelkin.report.against import difference_against_kinship, gain_against_kinship
 from modelkin.report.course import best_so_far, converging, stopping_early
 from modelkin.report.family import Family, Source
 from modelkin.report.kin import kinship_map, predicted_and_measured
 from modelkin.report.layers import branching, layered_kinship
-from modelkin.report.overview import overview, reproduction
-from modelkin.report.scores import all_models, by_task, gain_against_kinship, gains_table
+from modelkin.report.overview import overview, reproduction, side_by_side
+from modelkin.report.scores import all_models, by_task, gains_table
 from modelkin.report.tree import family_tree
 
 
@@ -47,22 +48,25 @@ def report_page(sources: Sequence[Source], *, live: str = "") -> str:
     families = [(source, Family(source.state, source.samples_of)) for source in sources]
     if len(sources) == 1:
         title = f"A family of models: {sources[0].name}"
-        parts = _sections(*families[0])
+        parts = _parts(*families[0])
+        linked = [heading for heading, _ in parts]
     else:
         title = f"{len(sources)} families of models"
-        parts = [
-            section(
-                "Best so far, side by side",
-                paragraph("The best average against the number of evaluations, all runs overlaid."),
-                best_so_far([(source.name, family) for source, family in families]),
-            )
-        ]
+        named = [(source.name, family) for source, family in families]
+        together = "Best so far, side by side"
+        said = "The best average score against the number of evaluations, all runs overlaid."
+        parts = [(together, paragraph(said) + side_by_side(named) + best_so_far(named))]
+        linked = [together]
         for source, family in families:
-            parts += _sections(source, family, prefix=f"{source.name}: ")
-    return page(title, *parts, script=_script(), live=live)
+            own = _parts(source, family, prefix=f"{source.name}: ")
+            linked.append(own[0][0])
+            parts += own
+    sections = [section(heading, html) for heading, html in parts]
+    return page(title, contents(linked), *sections, script=_script(), live=live)
 
 
-def _sections(source: Source, family: Family, *, prefix: str = "") -> list[str]:
+def _parts(source: Source, family: Family, *, prefix: str = "") -> list[tuple[str, str]]:
+    """Titles and their HTML, in the order of the page."""
     stats = source.statistics() if family.children else None
     explored = any(member.exploration for member in family.children)
     # What needs scores or kinship is left out while there are none.
@@ -75,6 +79,7 @@ def _sections(source: Source, family: Family, *, prefix: str = "") -> list[str]:
         parts["Gain against kinship"] = lambda: gain_against_kinship(family)
         parts["Gains"] = lambda: gains_table(family)
         parts["Scores by task"] = lambda: by_task(family)
+        parts["Task differences against kinship"] = lambda: difference_against_kinship(family)
         parts["Kinship layer by layer"] = lambda: layered_kinship(family, stats)
         if explored:
             parts["Where exploration and greed part"] = lambda: branching(family, stats)
@@ -84,7 +89,7 @@ def _sections(source: Source, family: Family, *, prefix: str = "") -> list[str]:
         parts["Predicted and measured kinship"] = lambda: predicted_and_measured(family)
     parts["All models"] = lambda: all_models(family)
     parts["How to reproduce"] = lambda: reproduction(source, family)
-    return [section(prefix + title, make()) for title, make in parts.items()]
+    return [(prefix + title, make()) for title, make in parts.items()]
 
 
 @cache
