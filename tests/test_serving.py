@@ -5,9 +5,12 @@ from __future__ import annotations
 import http.client
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,6 +159,23 @@ def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert process.stdout.read() == "stopped\n"
+
+
+def test_who_goes_away_is_no_error(server: ReportServer, capfd: pytest.CaptureFixture[str]) -> None:
+    """A tab that is closed before the page has arrived leaves no traceback on the terminal."""
+    before = threading.active_count()
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+            # Closing with unread bytes and no lingering resets the connection.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            host = f"127.0.0.1:{server.server_port}"
+            client.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert client.recv(1) == b"H"
+    assert ask(server, "/version")[0] == 200
+    end = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)  # each answer has a thread
+    assert capfd.readouterr().err == ""
 
 
 def test_the_command_names_what_is_wrong(server: ReportServer, folder: Path) -> None:

@@ -5,6 +5,7 @@ can ask, and no page of another site can: requests must name this machine.
 """
 
 import errno
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,6 +49,11 @@ class ReportServer(ThreadingHTTPServer):
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             reason = "one that is taken" if taken else str(error)
             raise ConfigError(f"port {port}: expected a free port, found {reason}") from error
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say what went wrong, unless the one who asked went away before the end of the answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def version(self) -> str:
         """What the ledger's files look like from outside: cheap, and new with each event."""
